@@ -1,0 +1,2 @@
+//! The `postbox` command.
+fn main() {}

@@ -1,0 +1,15 @@
+//! Under construction.
+
+mod message;
+
+pub use message::{DecodeError, EncodeError, JSON, Message};
+
+#[cfg(feature = "derive")]
+pub use postbox_macros::Message;
+
+/// What the derive macro expands to; not for use by hand.
+#[doc(hidden)]
+pub mod __private {
+    pub use serde;
+    pub use serde_json;
+}
