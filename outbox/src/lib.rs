@@ -9,7 +9,5 @@ pub use postbox_macros::Message;
 
 /// What the derive macro expands to; not for use by hand.
 #[doc(hidden)]
-pub mod __private {
-    pub use serde;
-    pub use serde_json;
-}
+#[path = "private.rs"]
+pub mod __private;
