@@ -78,9 +78,16 @@ pub(crate) fn count(name: &str, input: ParseStream<'_>) -> syn::Result<Expr> {
     input.parse::<Token![=]>()?;
     let expression: Expr = input.parse()?;
     let is_number = match &expression {
-        Expr::Lit(ExprLit { lit: Lit::Int(number), .. }) => number.base10_parse::<u64>().is_ok_and(|n| n > 0),
+        Expr::Lit(ExprLit {
+            lit: Lit::Int(number),
+            ..
+        }) => number.base10_parse::<u64>().is_ok_and(|n| n > 0),
         Expr::Lit(_) | Expr::Unary(_) => false,
         _ => true,
     };
-    if is_number { Ok(expression) } else { Err(syn::Error::new_spanned(expression, mend)) }
+    if is_number {
+        Ok(expression)
+    } else {
+        Err(syn::Error::new_spanned(expression, mend))
+    }
 }

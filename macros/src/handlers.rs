@@ -10,11 +10,13 @@ use syn::{Path, Token};
 pub(crate) fn expand(input: TokenStream) -> syn::Result<TokenStream> {
     let paths = Punctuated::<Path, Token![,]>::parse_terminated.parse2(input)?;
     if paths.is_empty() {
-        return Ok(quote!(::std::vec::Vec::<::postbox_consumer::HandlerDefinition>::new()));
+        return Ok(quote!(
+            ::std::vec::Vec::<::postbox_consumer::HandlerDefinition>::new()
+        ));
     }
-    let definitions = paths.iter().map(|path| {
-        quote_spanned!(path.span()=> <#path as ::postbox_consumer::DefineHandler>::define())
-    });
+    let definitions = paths
+        .iter()
+        .map(|path| quote_spanned!(path.span()=> <#path as ::postbox_consumer::DefineHandler>::define()));
     Ok(quote!(::std::vec![#(#definitions),*]))
 }
 

@@ -38,8 +38,10 @@ impl Retry {
                 "max_attempts" => retry.max_attempts = Some(attribute::count(option, input)?),
                 "max_age" => retry.max_age = Some(attribute::interval(option, "2d", input)?),
                 _ => {
-                    let choices =
-                        [("skip", quote!(Exhausted::Skip)), ("halt", quote!(Exhausted::Halt))];
+                    let choices = [
+                        ("skip", quote!(Exhausted::Skip)),
+                        ("halt", quote!(Exhausted::Halt)),
+                    ];
                     retry.exhausted = Some(attribute::choice(option, &choices, input)?);
                 }
             }
@@ -50,7 +52,10 @@ impl Retry {
 
     /// The expression that makes it.
     pub(crate) fn expression(&self) -> TokenStream {
-        let start = self.backoff.as_ref().map_or_else(|| quote!(default()), Backoff::expression);
+        let start = self
+            .backoff
+            .as_ref()
+            .map_or_else(|| quote!(default()), Backoff::expression);
         let max_attempts = self.max_attempts.iter();
         let max_age = self.max_age.map(Interval::expression).into_iter();
         let exhausted = self.exhausted.iter();
@@ -122,7 +127,9 @@ impl Backoff {
 fn growing(first: &str, cap: &str) -> Result<(Interval, Interval), String> {
     let intervals = (Interval::parse(first)?, Interval::parse(cap)?);
     if intervals.1 < intervals.0 {
-        return Err(format!("the longest wait, {cap}, is shorter than the first, {first}"));
+        return Err(format!(
+            "the longest wait, {cap}, is shorter than the first, {first}"
+        ));
     }
     Ok(intervals)
 }
@@ -136,18 +143,32 @@ mod tests {
         let interval = |text| Interval::parse(text).unwrap();
         assert_eq!(
             Backoff::parse("exponential(1s, 10m)"),
-            Ok(Backoff::Exponential { first: interval("1s"), cap: interval("10m") })
+            Ok(Backoff::Exponential {
+                first: interval("1s"),
+                cap: interval("10m")
+            })
         );
         assert_eq!(
             Backoff::parse("linear(1s,1m)"),
-            Ok(Backoff::Linear { step: interval("1s"), cap: interval("1m") })
+            Ok(Backoff::Linear {
+                step: interval("1s"),
+                cap: interval("1m")
+            })
         );
         assert_eq!(Backoff::parse("fixed( 5s )"), Ok(Backoff::Fixed(interval("5s"))));
     }
 
     #[test]
     fn anything_else_is_refused() {
-        for text in ["", "fixed", "fixed(5s", "fixed(1s, 2s)", "linear(1s)", "quadratic(1s, 2s)", "linear(2m, 1m)"] {
+        for text in [
+            "",
+            "fixed",
+            "fixed(5s",
+            "fixed(1s, 2s)",
+            "linear(1s)",
+            "quadratic(1s, 2s)",
+            "linear(2m, 1m)",
+        ] {
             assert!(Backoff::parse(text).is_err(), "{text:?} was taken");
         }
     }
