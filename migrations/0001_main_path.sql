@@ -389,6 +389,9 @@ DECLARE
     last_xmax     xid8;
     last_xip      xid8[];
     now_snapshot  pg_snapshot;
+    topics        text[];
+    new_heads     bigint[];
+    counts        bigint[];
     heads         text;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -412,7 +415,6 @@ BEGIN
         last_xip := ARRAY(SELECT pg_snapshot_xip(last_snapshot));
     END IF;
 
-    RETURN QUERY
     WITH
     -- What became visible since the last tick. Its own snapshot, the one recorded in the new tick, is this statement's.
     fresh AS MATERIALIZED (
@@ -454,15 +456,220 @@ BEGIN
         SELECT p.slot, p.topic, t.next_offset + p.first, p.count, p.bytes, p.xids, p.seqs, p.keys
         FROM pieces p JOIN topics t ON t.topic = p.topic
     )
-    SELECT t.topic, t.next_offset + t.messages, t.messages FROM topics t;
+    SELECT array_agg(t.topic), array_agg(t.next_offset + t.messages), array_agg(t.messages)
+    INTO topics, new_heads, counts FROM topics t;
 
-    IF NOT FOUND THEN
+    IF topics IS NULL THEN
         RETURN;
     END IF;
-    -- A consumer that sleeps holds this shared. Held to the commit: one that falls asleep meanwhile waits and then looks.
+    RETURN QUERY SELECT * FROM unnest(topics, new_heads, counts);
+    -- Every consumer that is there to be woken holds this shared; held to the commit here, so that one which comes
+    -- meanwhile waits and then looks.
     IF NOT pg_try_advisory_xact_lock(1347571761, 3) THEN
-        PERFORM pg_notify('postbox_segment', '');
+        SELECT string_agg(t.topic || ' ' || t.head, ' ') INTO heads FROM unnest(topics, new_heads) AS t (topic, head);
+        PERFORM pg_notify('postbox_segment', CASE WHEN octet_length(heads) < 7000 THEN heads ELSE '' END);
     END IF;
 END $$;
 COMMENT ON FUNCTION postbox.sequence IS
     'One step of the sequencer: gives every message that became visible since the last step its offset. Any number may call it at once.';
+
+------------------------------------------------------------------------------------------------------------------ consuming
+
+CREATE FUNCTION postbox.first_offset(of_topic text) RETURNS bigint
+    LANGUAGE plpgsql STABLE
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    result bigint;
+BEGIN
+    SELECT s.base INTO result FROM postbox.segment s WHERE s.topic = of_topic ORDER BY s.base LIMIT 1;
+    RETURN coalesce(result, postbox.next_offset(of_topic));
+END $$;
+COMMENT ON FUNCTION postbox.first_offset IS 'The earliest retained offset of a topic.';
+
+CREATE FUNCTION postbox.offset_at(of_topic text, since timestamptz) RETURNS bigint
+    LANGUAGE plpgsql STABLE
+    SET jit = off AS $$
+DECLARE
+    result bigint;
+    found  postbox.segment;
+BEGIN
+    -- A message is published before it is sequenced, so the first one published since then is in or after this segment.
+    SELECT s.* INTO found FROM postbox.segment s WHERE s.topic = of_topic AND s.sequenced_at >= since ORDER BY s.base LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN postbox.next_offset(of_topic);
+    END IF;
+    SELECT found.base + min(a.n) - 1 INTO result
+    FROM unnest(found.xids, found.seqs) WITH ORDINALITY AS a (xid, seq, n)
+    JOIN postbox.outbox o ON o.slot = found.slot AND o.xid = a.xid AND o.seq = a.seq
+    WHERE o.published_at >= since;
+    RETURN coalesce(result, found.base + found.count);
+END $$;
+COMMENT ON FUNCTION postbox.offset_at IS 'The offset of the first message of a topic that was published at or after an instant.';
+
+CREATE FUNCTION postbox.start_offset(of_topic text, start text, value text) RETURNS bigint
+    LANGUAGE sql STABLE AS $$
+    SELECT CASE start
+        WHEN 'earliest' THEN postbox.first_offset(of_topic)
+        WHEN 'latest' THEN postbox.next_offset(of_topic)
+        WHEN 'offset' THEN least(greatest(value::bigint, postbox.first_offset(of_topic)), postbox.next_offset(of_topic))
+        WHEN 'time' THEN postbox.offset_at(of_topic, value::timestamptz)
+        WHEN 'ago' THEN postbox.offset_at(of_topic, clock_timestamp() - value::interval)
+    END
+$$;
+COMMENT ON FUNCTION postbox.start_offset IS
+    'Where a start position is: earliest, latest, offset N, time (an instant), ago (a span).';
+
+CREATE FUNCTION postbox.subscribe(
+    of_group text, to_topic text, with_lanes smallint, with_order text, for_node text, start text, start_value text
+) RETURNS TABLE (id integer, lanes smallint, order_mode text)
+    LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    new_id integer;
+BEGIN
+    INSERT INTO postbox.subscription (group_name, topic, lanes, order_mode, node)
+    VALUES (of_group, to_topic, with_lanes, with_order, for_node)
+    ON CONFLICT (group_name, topic) DO NOTHING
+    RETURNING subscription.id INTO new_id;
+    IF new_id IS NOT NULL THEN
+        INSERT INTO postbox.lane (subscription_id, lane, position)
+        SELECT new_id, n, p.position
+        FROM (SELECT postbox.start_offset(to_topic, start, start_value) AS position) p, generate_series(0, with_lanes - 1) n;
+    ELSIF with_order <> 'topic' THEN
+        -- Between key and none nothing that is stored changes.
+        UPDATE postbox.subscription s SET order_mode = with_order
+        WHERE s.group_name = of_group AND s.topic = to_topic AND s.order_mode NOT IN (with_order, 'topic');
+    END IF;
+    RETURN QUERY SELECT s.id, s.lanes, s.order_mode FROM postbox.subscription s
+        WHERE s.group_name = of_group AND s.topic = to_topic;
+END $$;
+COMMENT ON FUNCTION postbox.subscribe IS 'Registers a subscription with its lanes at its start position, or finds the one there is.';
+
+CREATE FUNCTION postbox.is_live(of_consumer integer) RETURNS boolean
+    LANGUAGE sql STABLE
+    RETURN EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 1347571763 AND l.objid = of_consumer::oid
+        AND l.objsubid = 2 AND l.granted AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()));
+COMMENT ON FUNCTION postbox.is_live IS 'Whether a consumer''s session holds its lock.';
+
+CREATE FUNCTION postbox.lane_state(of_subscription integer, of_lane smallint) RETURNS TABLE (
+    consumer_id integer, epoch integer, "position" bigint, pending bigint[]
+)
+    LANGUAGE plpgsql STABLE
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    l postbox.lane;
+    c postbox.checkpoint;
+    n integer;
+BEGIN
+    SELECT * INTO l FROM postbox.lane WHERE subscription_id = of_subscription AND lane = of_lane;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    -- The owner's newest checkpoint counts if it was written under this ownership; a consumer writes one row for all its lanes.
+    SELECT * INTO c FROM postbox.checkpoint
+    WHERE subscription_id = of_subscription AND consumer_id = l.consumer_id ORDER BY id DESC LIMIT 1;
+    n := array_position(c.lanes, of_lane);
+    IF n IS NOT NULL AND c.epochs[n] = l.epoch THEN
+        l.position := c.positions[n];
+        l.pending := c.pending;
+    END IF;
+    RETURN QUERY SELECT l.consumer_id, l.epoch, l.position, l.pending;
+END $$;
+COMMENT ON FUNCTION postbox.lane_state IS 'Where a lane stands: its baseline, or its owner''s newest checkpoint.';
+
+CREATE FUNCTION postbox.claim(by_consumer integer, of_subscription integer, wanted smallint[], seen_epochs integer[])
+    RETURNS TABLE (lane smallint, epoch integer, "position" bigint, pending bigint[], done bigint[])
+    LANGUAGE plpgsql
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    w       record;
+    state   record;
+    settled bigint[];
+BEGIN
+    FOR w IN SELECT * FROM unnest(wanted, seen_epochs) AS u (lane, epoch) ORDER BY 1 LOOP
+        -- Exclusive: a transactional handler holds it shared from its check of the epoch through its commit. If one is just
+        -- committing, the lane is claimed at the next try.
+        CONTINUE WHEN NOT pg_try_advisory_xact_lock(1347571762, of_subscription * 1024 + w.lane);
+        PERFORM FROM postbox.lane l
+            WHERE l.subscription_id = of_subscription AND l.lane = w.lane AND l.epoch = w.epoch FOR UPDATE;
+        CONTINUE WHEN NOT FOUND;
+        SELECT * INTO state FROM postbox.lane_state(of_subscription, w.lane);
+        settled := ARRAY(
+            SELECT s."offset" FROM postbox.settlement s
+            WHERE s.subscription_id = of_subscription AND s.lane = w.lane AND s."offset" >= state.position
+            UNION
+            SELECT s."offset" FROM postbox.settlement s
+            WHERE s.subscription_id = of_subscription AND s.lane = w.lane AND s."offset" = ANY (state.pending));
+        UPDATE postbox.lane l
+        SET epoch = w.epoch + 1, consumer_id = by_consumer, position = state.position, pending = state.pending,
+            changed_at = clock_timestamp()
+        WHERE l.subscription_id = of_subscription AND l.lane = w.lane;
+        RETURN QUERY SELECT w.lane, w.epoch + 1, state.position, state.pending, settled;
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION postbox.claim IS
+    'Makes a consumer the owner of those lanes that still have the epoch it saw, and says where each stands: done are offsets settled by transactional handlers beyond position or in pending.';
+
+CREATE FUNCTION postbox.release(
+    by_consumer integer, of_subscription integer, lanes smallint[], epochs integer[], positions bigint[], still_pending bigint[]
+) RETURNS void
+    LANGUAGE sql VOLATILE AS $$
+    UPDATE postbox.lane l
+    SET consumer_id = NULL, position = r.position, pending = still_pending, changed_at = clock_timestamp()
+    FROM unnest(lanes, epochs, positions) AS r (lane, epoch, position)
+    WHERE l.subscription_id = of_subscription AND l.lane = r.lane AND l.epoch = r.epoch AND l.consumer_id = by_consumer
+$$;
+COMMENT ON FUNCTION postbox.release IS 'Frees lanes that a consumer owns, with where they stand.';
+
+CREATE FUNCTION postbox.checkpoint(
+    by_consumer integer, subscriptions integer[], lanes smallint[], epochs integer[], positions bigint[],
+    pending_subscriptions integer[], pending_offsets bigint[]
+) RETURNS bigint
+    LANGUAGE plpgsql
+    SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    accepted bigint;
+BEGIN
+    WITH written AS (
+        INSERT INTO postbox.checkpoint (subscription_id, consumer_id, lanes, epochs, positions, pending)
+        SELECT i.subscription_id, by_consumer, array_agg(i.lane), array_agg(i.epoch), array_agg(i.position),
+            ARRAY(SELECT p."offset" FROM unnest(pending_subscriptions, pending_offsets) AS p (subscription_id, "offset")
+                WHERE p.subscription_id = i.subscription_id)
+        FROM unnest(subscriptions, lanes, epochs, positions) AS i (subscription_id, lane, epoch, position)
+        JOIN postbox.lane l ON l.subscription_id = i.subscription_id AND l.lane = i.lane AND l.epoch = i.epoch
+            AND l.consumer_id = by_consumer
+        GROUP BY i.subscription_id
+        RETURNING cardinality(lanes) AS lanes
+    )
+    SELECT coalesce(sum(w.lanes), 0) INTO accepted FROM written w;
+    RETURN accepted;
+END $$;
+COMMENT ON FUNCTION postbox.checkpoint IS
+    'Appends how far a consumer''s lanes are settled; a lane whose epoch is stale is left out. Returns how many were accepted.';
+
+CREATE FUNCTION postbox.settle(by_consumer integer, of_subscription integer, of_lane smallint, of_epoch integer, offsets bigint[])
+    RETURNS void
+    LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'a transactional handler must run in READ COMMITTED, not %', current_setting('transaction_isolation')
+            USING HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot: do not SET TRANSACTION in a handler.';
+    END IF;
+    -- Shared, through the commit: a takeover takes it exclusively before it raises the epoch.
+    PERFORM pg_advisory_xact_lock_shared(1347571762, of_subscription * 1024 + of_lane);
+    PERFORM FROM postbox.lane l
+        WHERE l.subscription_id = of_subscription AND l.lane = of_lane AND l.epoch = of_epoch AND l.consumer_id = by_consumer;
+    -- The owner's session holds its lock exclusively for as long as it lives. After a crash of PostgreSQL offsets that were
+    -- never flushed may be given anew, so what a session knew is worth nothing without it.
+    IF NOT FOUND OR pg_try_advisory_xact_lock_shared(1347571763, by_consumer) THEN
+        RAISE EXCEPTION 'lane % of subscription % is no longer owned by consumer % in epoch %',
+            of_lane, of_subscription, by_consumer, of_epoch USING ERRCODE = 'PB001';
+    END IF;
+    INSERT INTO postbox.settlement (subscription_id, lane, "offset")
+    SELECT of_subscription, of_lane, o FROM unnest(offsets) o;
+END $$;
+COMMENT ON FUNCTION postbox.settle IS
+    'The last statement of a transactional handler: settles its message in its transaction, or fails (PB001) if the lane has another owner.';
