@@ -1,11 +1,11 @@
 //! The options inside an attribute: `name = value`, `name` or `name(…)`, separated by commas.
 
-use proc_macro2::Span;
 use syn::ext::IdentExt;
 use syn::parse::ParseStream;
 use syn::{Expr, ExprLit, Ident, Lit, LitStr, Token};
 
 use crate::duration::Interval;
+use crate::name;
 
 /// Reads the options of one attribute. `read` is called after each option's name, with the input standing at
 /// its value. An option that is not `known` or is given twice is an error.
@@ -13,7 +13,7 @@ pub(crate) fn read_options(
     input: ParseStream<'_>,
     attribute: &str,
     known: &[&str],
-    mut read: impl FnMut(&str, Span, ParseStream<'_>) -> syn::Result<()>,
+    mut read: impl FnMut(&Ident, &str, ParseStream<'_>) -> syn::Result<()>,
 ) -> syn::Result<()> {
     let mut seen: Vec<String> = Vec::new();
     while !input.is_empty() {
@@ -30,7 +30,7 @@ pub(crate) fn read_options(
         if seen.contains(&name) {
             return Err(syn::Error::new(ident.span(), format!("`{name}` is given twice")));
         }
-        read(&name, ident.span(), input)?;
+        read(&ident, &name, input)?;
         seen.push(name);
         if !input.is_empty() {
             input.parse::<Token![,]>()?;
@@ -40,43 +40,60 @@ pub(crate) fn read_options(
 }
 
 /// The string literal in `= "…"`.
-pub(crate) fn string(name: &str, example: &str, input: ParseStream<'_>) -> syn::Result<LitStr> {
-    let mend = format!("`{name}` takes a string: {name} = \"{example}\"");
-    if !input.peek(Token![=]) {
-        return Err(input.error(mend));
+pub(crate) fn string(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<LitStr> {
+    let mend = || format!("`{option}` takes a string: {option} = \"{example}\"");
+    let value = value(option, mend, input)?;
+    match value {
+        Expr::Lit(ExprLit {
+            lit: Lit::Str(literal),
+            ..
+        }) => Ok(literal),
+        _ => Err(syn::Error::new_spanned(value, mend())),
     }
-    input.parse::<Token![=]>()?;
-    if !input.peek(LitStr) {
-        return Err(input.error(mend));
+}
+
+/// The string literal in `= "…"` that names a topic, type or group.
+pub(crate) fn name(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<LitStr> {
+    let literal = string(option, example, input)?;
+    name::check(&option.to_string(), &literal)?;
+    Ok(literal)
+}
+
+/// The expression in `= …`; without one, the error at the option's name says what it takes.
+pub(crate) fn value(option: &Ident, mend: impl Fn() -> String, input: ParseStream<'_>) -> syn::Result<Expr> {
+    let missing = |_| syn::Error::new(option.span(), mend());
+    input.parse::<Token![=]>().map_err(missing)?;
+    if input.is_empty() || input.peek(Token![,]) {
+        return Err(syn::Error::new(option.span(), mend()));
     }
     input.parse()
 }
 
 /// One of the strings that the option knows; gives what stands beside it.
-pub(crate) fn choice<T: Clone>(name: &str, choices: &[(&str, T)], input: ParseStream<'_>) -> syn::Result<T> {
-    let literal = string(name, choices.first().map_or("", |(first, _)| first), input)?;
+pub(crate) fn choice<T: Clone>(
+    option: &Ident,
+    choices: &[(&str, T)],
+    input: ParseStream<'_>,
+) -> syn::Result<T> {
+    let literal = string(option, choices.first().map_or("", |(first, _)| first), input)?;
     let given = literal.value();
     let chosen = choices.iter().find(|(choice, _)| *choice == given);
     chosen.map(|(_, meaning)| meaning.clone()).ok_or_else(|| {
         let known: Vec<String> = choices.iter().map(|(choice, _)| format!("{choice:?}")).collect();
-        let message = format!("{given:?} is no `{name}`; known are: {}", known.join(", "));
+        let message = format!("{given:?} is no `{option}`; known are: {}", known.join(", "));
         syn::Error::new(literal.span(), message)
     })
 }
 
 /// The duration in `= "20s"`.
-pub(crate) fn interval(name: &str, example: &str, input: ParseStream<'_>) -> syn::Result<Interval> {
-    Interval::from_literal(&string(name, example, input)?)
+pub(crate) fn interval(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<Interval> {
+    Interval::from_literal(&string(option, example, input)?)
 }
 
 /// The number in `= 8`, or an expression that gives one, such as a constant.
-pub(crate) fn count(name: &str, input: ParseStream<'_>) -> syn::Result<Expr> {
-    let mend = format!("`{name}` takes a number from 1 up: {name} = 8");
-    if !input.peek(Token![=]) {
-        return Err(input.error(mend));
-    }
-    input.parse::<Token![=]>()?;
-    let expression: Expr = input.parse()?;
+pub(crate) fn count(option: &Ident, input: ParseStream<'_>) -> syn::Result<Expr> {
+    let mend = || format!("`{option}` takes a number from 1 up: {option} = 8");
+    let expression = value(option, mend, input)?;
     let is_number = match &expression {
         Expr::Lit(ExprLit {
             lit: Lit::Int(number),
@@ -88,6 +105,6 @@ pub(crate) fn count(name: &str, input: ParseStream<'_>) -> syn::Result<Expr> {
     if is_number {
         Ok(expression)
     } else {
-        Err(syn::Error::new_spanned(expression, mend))
+        Err(syn::Error::new_spanned(expression, mend()))
     }
 }

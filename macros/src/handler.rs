@@ -6,7 +6,7 @@ use syn::ext::IdentExt;
 use syn::parse::{ParseStream, Parser};
 use syn::punctuated::Punctuated;
 use syn::spanned::Spanned;
-use syn::{Attribute, Expr, FnArg, ItemFn, LitStr, ReturnType, Signature, Token, Type, bracketed};
+use syn::{Attribute, Expr, FnArg, Ident, ItemFn, LitStr, ReturnType, Signature, Token, Type, bracketed};
 
 use crate::attribute;
 use crate::duration::Interval;
@@ -133,16 +133,16 @@ impl Options {
         let (mut topic, mut types) = (None, Vec::new());
         let (mut concurrency, mut lanes, mut timeout, mut retry) = (None, None, None, None);
         let (mut order, mut start) = (None, None);
-        attribute::read_options(input, "#[handler]", KNOWN, |option, span, input| {
-            match option {
-                "group" => group = Some((read_name(option, "inventory", input)?, span)),
-                "broadcast" => broadcast = Some((read_broadcast(input)?, span)),
-                "topic" => topic = Some(read_name(option, "orders", input)?),
+        attribute::read_options(input, "#[handler]", KNOWN, |option, name, input| {
+            match name {
+                "group" => group = Some((attribute::name(option, "inventory", input)?, option.span())),
+                "broadcast" => broadcast = Some((read_broadcast(option, input)?, option.span())),
+                "topic" => topic = Some(attribute::name(option, "orders", input)?),
                 "type" | "types" if !types.is_empty() => {
-                    return Err(syn::Error::new(span, "give either `type` or `types`"));
+                    return Err(syn::Error::new(option.span(), "give either `type` or `types`"));
                 }
-                "type" => types.push(read_name(option, "order.placed", input)?),
-                "types" => types = read_types(span, input)?,
+                "type" => types.push(attribute::name(option, "order.placed", input)?),
+                "types" => types = read_types(option, input)?,
                 "concurrency" => concurrency = Some(attribute::count(option, input)?),
                 "order" => {
                     let choices = [
@@ -161,7 +161,7 @@ impl Options {
                 }
                 "lanes" => lanes = Some(attribute::count(option, input)?),
                 "timeout" => timeout = Some(attribute::interval(option, "20s", input)?),
-                _ => retry = Some(Retry::read(span, input)?),
+                _ => retry = Some(Retry::read(option, input)?),
             }
             Ok(())
         })?;
@@ -193,24 +193,18 @@ impl Options {
     }
 }
 
-fn read_name(option: &str, example: &str, input: ParseStream<'_>) -> syn::Result<LitStr> {
-    let literal = attribute::string(option, example, input)?;
-    name::check(option, &literal)?;
-    Ok(literal)
-}
-
-fn read_broadcast(input: ParseStream<'_>) -> syn::Result<Audience> {
+fn read_broadcast(option: &Ident, input: ParseStream<'_>) -> syn::Result<Audience> {
     if !input.peek(Token![=]) {
         return Ok(Audience::Broadcast);
     }
-    attribute::choice("broadcast", &[("durable", ())], input)?;
+    attribute::choice(option, &[("durable", ())], input)?;
     Ok(Audience::DurableBroadcast)
 }
 
-fn read_types(span: Span, input: ParseStream<'_>) -> syn::Result<Vec<LitStr>> {
+fn read_types(option: &Ident, input: ParseStream<'_>) -> syn::Result<Vec<LitStr>> {
     let mend = "`types` takes strings in brackets: types = [\"order.placed\", \"order.paid\"]";
     if !(input.peek(Token![=]) && input.peek2(syn::token::Bracket)) {
-        return Err(syn::Error::new(span, mend));
+        return Err(syn::Error::new(option.span(), mend));
     }
     input.parse::<Token![=]>()?;
     let content;
@@ -219,7 +213,7 @@ fn read_types(span: Span, input: ParseStream<'_>) -> syn::Result<Vec<LitStr>> {
         .into_iter()
         .collect();
     if types.is_empty() {
-        return Err(syn::Error::new(span, mend));
+        return Err(syn::Error::new(option.span(), mend));
     }
     types.iter().try_for_each(|each| name::check("type", each))?;
     Ok(types)

@@ -1,10 +1,12 @@
 //! The ordering key: `key = field`, `key = 0` for a tuple's field, or an expression over the fields.
 
 use proc_macro2::{Span, TokenStream};
-use quote::{ToTokens, format_ident, quote};
+use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::parse::ParseStream;
 use syn::spanned::Spanned;
-use syn::{Expr, ExprLit, Fields, Ident, Lit, Token, parse_quote};
+use syn::{Expr, ExprLit, Fields, Ident, Lit, parse_quote};
+
+use crate::attribute;
 
 /// What stands after `key =`.
 #[derive(Clone)]
@@ -28,12 +30,9 @@ pub(crate) struct Owner<'a> {
 
 impl Key {
     /// Reads `= …`.
-    pub(crate) fn read(input: ParseStream<'_>) -> syn::Result<Self> {
-        if !input.peek(Token![=]) {
-            return Err(input.error("`key` takes a field or an expression: key = order_id"));
-        }
-        input.parse::<Token![=]>()?;
-        let expression: Expr = input.parse()?;
+    pub(crate) fn read(option: &Ident, input: ParseStream<'_>) -> syn::Result<Self> {
+        let mend = || "`key` takes a field or an expression: key = order_id".to_owned();
+        let expression = attribute::value(option, mend, input)?;
         match &expression {
             Expr::Lit(ExprLit {
                 lit: Lit::Str(text), ..
@@ -61,7 +60,7 @@ impl Key {
                 if *position >= owner.fields.len() || !matches!(owner.fields, Fields::Unnamed(_)) {
                     return Err(owner.lacks(&position.to_string(), *span));
                 }
-                key_text(position_binding(*position).to_token_stream())
+                key_text(*span, position_binding(*position).to_token_stream())
             }
             Self::Expression(expression) => owner.expression(expression)?,
         };
@@ -89,9 +88,10 @@ impl Owner<'_> {
 
     fn expression(&self, expression: &Expr) -> syn::Result<TokenStream> {
         let mut expression = expression.clone();
+        let span = expression.span();
         let is_bare = matches!(expression, Expr::Path(_));
         let Some(root) = field_at_root(&mut expression) else {
-            return Ok(key_text(quote!(&(#expression))));
+            return Ok(key_text(span, quote!(&(#expression))));
         };
         let field = root.to_token_stream();
         let named = |fields: &syn::FieldsNamed| {
@@ -101,13 +101,15 @@ impl Owner<'_> {
                 .any(|f| f.ident.as_ref().is_some_and(|i| *i == field.to_string()))
         };
         match self.fields {
-            Fields::Named(fields) if named(fields) && is_bare => Ok(key_text(expression.to_token_stream())),
-            Fields::Named(fields) if named(fields) => Ok(key_text(quote!(&(#expression)))),
+            Fields::Named(fields) if named(fields) && is_bare => {
+                Ok(key_text(span, expression.to_token_stream()))
+            }
+            Fields::Named(fields) if named(fields) => Ok(key_text(span, quote!(&(#expression)))),
             // A newtype stands for what it holds.
             Fields::Unnamed(fields) if fields.unnamed.len() == 1 => {
                 let inner = Ident::new("field_0", root.span());
                 *root = parse_quote!(#inner.#field);
-                Ok(key_text(quote!(&(#expression))))
+                Ok(key_text(span, quote!(&(#expression))))
             }
             _ => Err(self.lacks(&field.to_string(), root.span())),
         }
@@ -116,6 +118,11 @@ impl Owner<'_> {
     fn lacks(&self, field: &str, span: Span) -> syn::Error {
         let name = &self.name;
         let has = match self.fields {
+            Fields::Named(fields) if fields.named.len() == 1 => {
+                let name = fields.named.iter().find_map(|f| f.ident.as_ref());
+                name.map(|ident| format!("its only field is `{ident}`"))
+                    .unwrap_or_default()
+            }
             Fields::Named(fields) if !fields.named.is_empty() => {
                 let names = fields.named.iter().filter_map(|f| f.ident.as_ref());
                 let names: Vec<String> = names.map(|ident| format!("`{ident}`")).collect();
@@ -162,9 +169,9 @@ fn position_binding(position: usize) -> Ident {
     format_ident!("field_{position}")
 }
 
-/// `reference` as text; an `Option` gives the text of its content.
-fn key_text(reference: TokenStream) -> TokenStream {
-    quote! {{
+/// `reference` as text; an `Option` gives the text of its content. What is no text is an error at the key.
+fn key_text(span: Span, reference: TokenStream) -> TokenStream {
+    quote_spanned! {span=> {
         let key = #reference;
         (&::postbox::__private::Key(key)).kind().text(key)
     }}

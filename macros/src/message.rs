@@ -50,11 +50,11 @@ impl Options {
             ));
         }
         attribute.parse_args_with(|input: ParseStream<'_>| {
-            attribute::read_options(input, place, known, |option, _, input| {
-                match option {
-                    "topic" => options.topic = Some(read_name("topic", "orders", input)?),
-                    "type" => options.message_type = Some(read_name("type", "order.placed", input)?),
-                    _ => options.key = Some(Key::read(input)?),
+            attribute::read_options(input, place, known, |option, name, input| {
+                match name {
+                    "topic" => options.topic = Some(attribute::name(option, "orders", input)?),
+                    "type" => options.message_type = Some(attribute::name(option, "order.placed", input)?),
+                    _ => options.key = Some(Key::read(option, input)?),
                 }
                 Ok(())
             })
@@ -78,12 +78,6 @@ impl Options {
         name::check_text("type", &implied, ident.span())?;
         Ok(LitStr::new(&implied, ident.span()))
     }
-}
-
-fn read_name(what: &str, example: &str, input: ParseStream<'_>) -> syn::Result<LitStr> {
-    let literal = attribute::string(what, example, input)?;
-    name::check(what, &literal)?;
-    Ok(literal)
 }
 
 fn expand_struct(input: &DeriveInput, fields: &Fields) -> syn::Result<TokenStream> {

@@ -1,9 +1,9 @@
 //! The `retry(…)` option of a handler.
 
-use proc_macro2::{Span, TokenStream};
+use proc_macro2::TokenStream;
 use quote::quote;
 use syn::parse::ParseStream;
-use syn::{Expr, LitStr, parenthesized};
+use syn::{Expr, Ident, parenthesized};
 
 use crate::attribute;
 use crate::duration::Interval;
@@ -21,20 +21,20 @@ pub(crate) struct Retry {
 
 impl Retry {
     /// Reads `(…)`.
-    pub(crate) fn read(span: Span, input: ParseStream<'_>) -> syn::Result<Self> {
+    pub(crate) fn read(option: &Ident, input: ParseStream<'_>) -> syn::Result<Self> {
         let mend = "`retry` takes options in parentheses: retry(backoff = \"exponential(1s, 10m)\", max_attempts = 8)";
         if !input.peek(syn::token::Paren) {
-            return Err(syn::Error::new(span, mend));
+            return Err(syn::Error::new(option.span(), mend));
         }
         let content;
         parenthesized!(content in input);
         if content.is_empty() {
-            return Err(syn::Error::new(span, mend));
+            return Err(syn::Error::new(option.span(), mend));
         }
         let mut retry = Self::default();
-        attribute::read_options(&content, "retry", KNOWN, |option, _, input| {
-            match option {
-                "backoff" => retry.backoff = Some(Backoff::read(input)?),
+        attribute::read_options(&content, "retry", KNOWN, |option, name, input| {
+            match name {
+                "backoff" => retry.backoff = Some(Backoff::read(option, input)?),
                 "max_attempts" => retry.max_attempts = Some(attribute::count(option, input)?),
                 "max_age" => retry.max_age = Some(attribute::interval(option, "2d", input)?),
                 _ => {
@@ -77,8 +77,8 @@ enum Backoff {
 }
 
 impl Backoff {
-    fn read(input: ParseStream<'_>) -> syn::Result<Self> {
-        let literal: LitStr = attribute::string("backoff", "exponential(1s, 10m)", input)?;
+    fn read(option: &Ident, input: ParseStream<'_>) -> syn::Result<Self> {
+        let literal = attribute::string(option, "exponential(1s, 10m)", input)?;
         Self::parse(&literal.value()).map_err(|message| syn::Error::new(literal.span(), message))
     }
 

@@ -11,12 +11,4 @@ async fn on_a_pool(mut pool: sqlx::PgPool) {
     pool.publish(&OrderPlaced { order_id: 1 }).await.unwrap();
 }
 
-async fn handed_on(place: &mut impl Publish) {
-    place.publish(&OrderPlaced { order_id: 1 }).await.unwrap();
-}
-
-async fn through_a_function(mut pool: sqlx::PgPool) {
-    handed_on(&mut pool).await;
-}
-
 fn main() {}

@@ -39,7 +39,7 @@ mod mail {
         start = "latest",
         lanes = super::LANES,
         timeout = "20s",
-        retry(max_attempts = 8, backoff = "exponential(1s, 10m)", max_age = "2d", exhausted = "skip"),
+        retry(backoff = "exponential(1s, 10m)"),
     )]
     pub(super) async fn send_receipt(_order: OrderPlaced, _delivery: Delivery) -> anyhow::Result<()> {
         Ok(())
@@ -49,7 +49,7 @@ mod mail {
 #[handler(broadcast)]
 async fn refresh(_order: OrderPlaced) {}
 
-#[handler(broadcast = "durable", retry(exhausted = "halt"))]
+#[handler(broadcast = "durable")]
 async fn rebuild(_order: OrderPlaced) {}
 
 #[handler(group = "ticks", topic = "ticks", type = "tick", retry(backoff = "fixed(5s)"))]
