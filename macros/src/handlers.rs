@@ -7,8 +7,12 @@ use syn::punctuated::Punctuated;
 use syn::spanned::Spanned;
 use syn::{Path, Token};
 
+/// The `Vec`, or the error at what is no path.
 pub(crate) fn expand(input: TokenStream) -> syn::Result<TokenStream> {
-    let paths = Punctuated::<Path, Token![,]>::parse_terminated.parse2(input)?;
+    let paths = Punctuated::<Path, Token![,]>::parse_terminated.parse2(input).map_err(|error| {
+        let mend = "handlers![] takes #[handler] functions by name: handlers![reserve_stock, mail::send_receipt]";
+        syn::Error::new(error.span(), mend)
+    })?;
     if paths.is_empty() {
         return Ok(quote!(
             ::std::vec::Vec::<::postbox_consumer::HandlerDefinition>::new()

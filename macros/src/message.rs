@@ -177,7 +177,7 @@ fn expand_enum(input: &DeriveInput, data: &DataEnum) -> syn::Result<TokenStream>
         key: any_key.then(|| quote!(#(#key_arms)*)),
         encode: quote! {
             #content
-            ::postbox::__private::encode(|serializer| Content::serialize(self, serializer))
+            ::postbox::__private::encode(|serializer| __Content::serialize(self, serializer))
         },
         decode: quote!(match message_type { #(#decode_arms)* _ => {} }),
     };
@@ -268,7 +268,7 @@ fn content_enum(input: &DeriveInput, data: &DataEnum) -> syn::Result<TokenStream
         #[serde(crate = "::postbox::__private::serde", remote = #remote, untagged)]
         #(#[serde(#container)])*
         #[allow(dead_code)]
-        enum Content { #(#variants),* }
+        enum __Content { #(#variants),* }
     })
 }
 
@@ -294,8 +294,8 @@ fn decode_arm(of_enum: &[Attribute], variant: &Variant, message_type: &LitStr) -
             #[derive(::postbox::__private::serde::Deserialize)]
             #[serde(crate = "::postbox::__private::serde")]
             #(#[serde(#options)])*
-            struct Content #content
-            let content: Content = ::postbox::__private::decode(payload)?;
+            struct __Content #content
+            let content: __Content = ::postbox::__private::decode(payload)?;
             return ::core::result::Result::Ok(#value);
         }
     })

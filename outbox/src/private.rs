@@ -56,7 +56,7 @@ pub fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, DecodeError> {
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be an ordering key, because it does not implement `Display`",
     label = "not a key",
-    note = "name another field, or make a text: `key = order_id.0`, `key = format!(\"{:?}\", order_id)`"
+    note = "name another field or a text: `key = order_id.0`, `key = order_id.as_str()`"
 )]
 pub trait KeyText {
     /// The key's text.

@@ -6,7 +6,7 @@ use postbox::Message;
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Placed {
+struct Content {
     order_id: u32,
 }
 
@@ -15,7 +15,7 @@ struct Placed {
 #[serde(rename_all_fields = "camelCase", deny_unknown_fields)]
 enum Order {
     #[message(type = "order.placed")]
-    Placed(Placed),
+    Placed(Content),
     #[message(type = "order.shipped")]
     Shipped {
         order_id: u32,
@@ -75,7 +75,7 @@ fn main() {
         Order::TYPES,
         ["order.placed", "order.shipped", "refunded", "moved", "month_closed", "all_closed"]
     );
-    round_trip(Order::Placed(Placed { order_id: 1 }), "order.placed", Some("1"), r#"{"order_id":1}"#);
+    round_trip(Order::Placed(Content { order_id: 1 }), "order.placed", Some("1"), r#"{"order_id":1}"#);
     round_trip(
         Order::Shipped { order_id: 2, shipped_by: None, total: 1.5 },
         "order.shipped",
