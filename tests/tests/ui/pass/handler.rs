@@ -24,7 +24,11 @@ pub async fn reserve_stock(
     mut _tx: Tx,
     State(stock): State<Stock>,
 ) -> Result<(), HandlerError> {
-    if order.order_id > stock.0 { Err(HandlerError::discard("sold out")) } else { Ok(()) }
+    if order.order_id > stock.0 {
+        Err(HandlerError::discard("sold out"))
+    } else {
+        Ok(())
+    }
 }
 
 mod mail {

@@ -73,23 +73,53 @@ fn main() {
     assert_eq!(Order::TOPIC, "orders");
     assert_eq!(
         Order::TYPES,
-        ["order.placed", "order.shipped", "refunded", "moved", "month_closed", "all_closed"]
+        [
+            "order.placed",
+            "order.shipped",
+            "refunded",
+            "moved",
+            "month_closed",
+            "all_closed"
+        ]
     );
-    round_trip(Order::Placed(Content { order_id: 1 }), "order.placed", Some("1"), r#"{"order_id":1}"#);
     round_trip(
-        Order::Shipped { order_id: 2, shipped_by: None, total: 1.5 },
+        Order::Placed(Content { order_id: 1 }),
+        "order.placed",
+        Some("1"),
+        r#"{"order_id":1}"#,
+    );
+    round_trip(
+        Order::Shipped {
+            order_id: 2,
+            shipped_by: None,
+            total: 1.5,
+        },
         "order.shipped",
         Some("2"),
         r#"{"orderId":2,"total":150}"#,
     );
     round_trip(
-        Order::Shipped { order_id: 2, shipped_by: Some("us".into()), total: 1.5 },
+        Order::Shipped {
+            order_id: 2,
+            shipped_by: Some("us".into()),
+            total: 1.5,
+        },
         "order.shipped",
         Some("2"),
         r#"{"orderId":2,"shippedBy":"us","total":150}"#,
     );
-    round_trip(Order::Refunded { order_id: Some(3) }, "refunded", Some("3"), r#"{"ORDER_ID":3}"#);
-    round_trip(Order::Refunded { order_id: None }, "refunded", None, r#"{"ORDER_ID":null}"#);
+    round_trip(
+        Order::Refunded { order_id: Some(3) },
+        "refunded",
+        Some("3"),
+        r#"{"ORDER_ID":3}"#,
+    );
+    round_trip(
+        Order::Refunded { order_id: None },
+        "refunded",
+        None,
+        r#"{"ORDER_ID":null}"#,
+    );
     round_trip(Order::Moved(4, "x".into()), "moved", Some("4"), r#"[4,"x"]"#);
     round_trip(
         Order::MonthClosed { day: 1, month: 2 },
@@ -98,7 +128,10 @@ fn main() {
         r#"{"day":1,"month":2}"#,
     );
     round_trip(Order::AllClosed, "all_closed", None, "null");
-    assert_eq!(Order::decode("all_closed", b"{\"by\":\"ann\"}").unwrap(), Order::AllClosed);
+    assert_eq!(
+        Order::decode("all_closed", b"{\"by\":\"ann\"}").unwrap(),
+        Order::AllClosed
+    );
     assert!(Order::decode("order.shipped", br#"{"orderId":2,"total":1,"extra":0}"#).is_err());
     assert!(Order::decode("order.lost", b"null").is_err());
 

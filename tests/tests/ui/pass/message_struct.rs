@@ -92,7 +92,10 @@ fn key(message: &impl Message) -> Option<String> {
 }
 
 fn main() {
-    let placed = OrderPlaced { order_id: 42, total_cents: 990 };
+    let placed = OrderPlaced {
+        order_id: 42,
+        total_cents: 990,
+    };
     assert_eq!(OrderPlaced::TOPIC, "orders");
     assert_eq!(OrderPlaced::TYPES, ["order.placed"]);
     assert_eq!(OrderPlaced::CONTENT_TYPE, "application/json");
@@ -101,8 +104,13 @@ fn main() {
     let payload = placed.encode().unwrap();
     assert_eq!(payload, br#"{"order_id":42,"total_cents":990}"#);
     assert_eq!(OrderPlaced::decode("order.placed", &payload).unwrap(), placed);
-    let unknown = OrderPlaced::decode("order.gone", &payload).unwrap_err().to_string();
-    assert!(unknown.contains("order.gone") && unknown.contains("order.placed"), "{unknown}");
+    let unknown = OrderPlaced::decode("order.gone", &payload)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        unknown.contains("order.gone") && unknown.contains("order.placed"),
+        "{unknown}"
+    );
     assert!(OrderPlaced::decode("order.placed", b"{}").is_err());
 
     let call = OrderHTTPCallMade { r#type: "x".into() };
@@ -115,18 +123,66 @@ fn main() {
     assert!(Tick::decode("tick", b"null").is_ok());
 
     assert_eq!(key(&Reading(0.5, "s1".into())).as_deref(), Some("s1"));
-    assert_eq!(key(&Signed(OrderPlaced { order_id: 7, total_cents: 0 })).as_deref(), Some("7"));
-    assert_eq!(key(&Optional { customer: Some("c".into()) }).as_deref(), Some("c"));
+    assert_eq!(
+        key(&Signed(OrderPlaced {
+            order_id: 7,
+            total_cents: 0
+        }))
+        .as_deref(),
+        Some("7")
+    );
+    assert_eq!(
+        key(&Optional {
+            customer: Some("c".into())
+        })
+        .as_deref(),
+        Some("c")
+    );
     assert_eq!(key(&Optional { customer: None }), None);
-    let customer = |id| Customer { id, name: "ann".into() };
-    assert_eq!(key(&Nested { customer: customer(Some(3)) }).as_deref(), Some("3"));
-    assert_eq!(key(&Nested { customer: customer(None) }), None);
-    assert_eq!(key(&Called { customer: customer(None) }).as_deref(), Some("ANN"));
-    assert_eq!(key(&Formatted { tenant: "acme".into(), order_id: 4 }).as_deref(), Some("acme/4"));
+    let customer = |id| Customer {
+        id,
+        name: "ann".into(),
+    };
+    assert_eq!(
+        key(&Nested {
+            customer: customer(Some(3))
+        })
+        .as_deref(),
+        Some("3")
+    );
+    assert_eq!(
+        key(&Nested {
+            customer: customer(None)
+        }),
+        None
+    );
+    assert_eq!(
+        key(&Called {
+            customer: customer(None)
+        })
+        .as_deref(),
+        Some("ANN")
+    );
+    assert_eq!(
+        key(&Formatted {
+            tenant: "acme".into(),
+            order_id: 4
+        })
+        .as_deref(),
+        Some("acme/4")
+    );
     assert_eq!(key(&Sharded { order_id: 17 }).as_deref(), Some("1"));
     assert_eq!(key(&Constant { order_id: 1 }).as_deref(), Some("acme"));
 
-    let generic = Generic { id: 1, content: vec![1, 2] };
+    let generic = Generic {
+        id: 1,
+        content: vec![1, 2],
+    };
     assert_eq!(key(&generic).as_deref(), Some("1"));
-    assert_eq!(Generic::<Vec<u8>>::decode("generic", &generic.encode().unwrap()).unwrap().content, [1, 2]);
+    assert_eq!(
+        Generic::<Vec<u8>>::decode("generic", &generic.encode().unwrap())
+            .unwrap()
+            .content,
+        [1, 2]
+    );
 }
