@@ -55,10 +55,6 @@ impl TopicLog {
         Self { topic, readers, head: watch::Sender::new(0), state: Mutex::default() }
     }
 
-    pub(crate) fn topic(&self) -> &Arc<str> {
-        &self.topic
-    }
-
     /// The topic's next offset, as far as it is known; changes wake who waits.
     pub(crate) fn head(&self) -> watch::Receiver<i64> {
         self.head.subscribe()
