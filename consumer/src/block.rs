@@ -1,0 +1,52 @@
+//! A stretch of a topic in memory, shared by all groups of a process.
+
+use std::sync::Arc;
+
+use postbox::log::StoredMessage;
+
+/// Consecutive offsets of a topic.
+pub(crate) struct Block {
+    /// Offset of the first entry.
+    pub(crate) base: i64,
+    pub(crate) entries: Vec<Entry>,
+    /// Sum of the payload lengths.
+    pub(crate) bytes: usize,
+}
+
+/// What is known of one offset.
+pub(crate) enum Entry {
+    Message(StoredMessage),
+    /// Nobody in this process wanted it when the block was read.
+    Unread,
+    /// Its row is no longer there.
+    Gone,
+}
+
+impl Block {
+    /// One past the last offset.
+    pub(crate) fn end(&self) -> i64 {
+        self.base + self.entries.len() as i64
+    }
+}
+
+/// A message in a block.
+#[derive(Clone)]
+pub(crate) struct Record {
+    block: Arc<Block>,
+    index: u32,
+}
+
+impl Record {
+    /// `None` where the block has no message at that index.
+    pub(crate) fn new(block: &Arc<Block>, index: usize) -> Option<Self> {
+        matches!(block.entries.get(index)?, Entry::Message(_))
+            .then(|| Self { block: block.clone(), index: index as u32 })
+    }
+
+    pub(crate) fn message(&self) -> &StoredMessage {
+        match &self.block.entries[self.index as usize] {
+            Entry::Message(message) => message,
+            Entry::Unread | Entry::Gone => unreachable!("a record is only made of a message"),
+        }
+    }
+}

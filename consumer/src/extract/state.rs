@@ -1,0 +1,26 @@
+//! What the application shares with its handlers.
+
+use super::{Extract, Invocation};
+use crate::handler::{HandlerDefinition, HandlerError};
+use crate::state::StateType;
+
+/// A clone of the value given to [`Consumer::state`](crate::Consumer::state).
+///
+/// The consumer refuses to start when a handler asks for a state that it was not given.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct State<S>(pub S);
+
+impl<S: Clone + Send + Sync + 'static> Extract for State<S> {
+    fn declare(handler: &mut HandlerDefinition) {
+        handler.states.push(StateType::of::<S>());
+    }
+
+    async fn extract(invocation: &mut Invocation) -> Result<Self, HandlerError> {
+        // Checked at start.
+        invocation
+            .states
+            .get()
+            .map(Self)
+            .ok_or_else(|| HandlerError::retry(format!("no state {}", std::any::type_name::<S>())))
+    }
+}

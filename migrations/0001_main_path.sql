@@ -1,0 +1,675 @@
+-- The main path: publish, sequence, consume.
+--
+-- Everything that is written per message or per batch is append-only and lives in a ring of eight partitions ("slots") that are
+-- truncated whole; see ARCHITECTURE.md, "The ring".
+
+COMMENT ON SCHEMA postbox IS
+    'Postbox: transactional outbox and messaging. Publish with postbox.publish() or INSERT INTO postbox.outbox; everything else belongs to Postbox.';
+
+-- Advisory locks. The two-integer space (class, object) is used with these classes; nothing else in the database may use them.
+--   1347571761, 1: the sequencer; 2: the dispatcher's bell; 3: the consumers' bell; 4: migrations
+--   1347571762, subscription * 1024 + lane: the fence of a lane
+--   1347571763, consumer id: held by a consumer's session for as long as it lives
+--   1347571764, hash of topic and key: ordered publishing
+
+---------------------------------------------------------------------------------------------------------------- time and ids
+
+CREATE FUNCTION postbox.slot_of(at timestamptz) RETURNS smallint
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN ((extract(epoch FROM at)::bigint / 43200) % 8)::smallint;
+COMMENT ON FUNCTION postbox.slot_of IS
+    'The ring slot of an instant: eight slots of twelve hours, so that a slot comes round again after four days.';
+
+CREATE FUNCTION postbox.uuid7() RETURNS uuid
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN encode(set_bit(set_bit(overlay(uuid_send(gen_random_uuid())
+        PLACING substring(int8send((extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3) FROM 1 FOR 6),
+        52, 1), 53, 1), 'hex')::uuid;
+COMMENT ON FUNCTION postbox.uuid7 IS 'A UUID version 7 (RFC 9562): 48 bits of Unix milliseconds, then random.';
+
+------------------------------------------------------------------------------------------------------------------- the outbox
+
+CREATE SEQUENCE postbox.outbox_seq AS bigint CACHE 1;
+COMMENT ON SEQUENCE postbox.outbox_seq IS
+    'Insertion order over all topics. CACHE 1, so that a row inserted after another one''s commit has a greater number.';
+
+CREATE TABLE postbox.outbox (
+    slot         smallint    NOT NULL DEFAULT postbox.slot_of(clock_timestamp()),
+    xid          xid8        NOT NULL DEFAULT pg_current_xact_id(),
+    seq          bigint      NOT NULL DEFAULT nextval('postbox.outbox_seq'),
+    id           uuid        NOT NULL DEFAULT postbox.uuid7(),
+    published_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    topic        text        NOT NULL,
+    type         text,
+    key          text,
+    headers      jsonb,
+    content_type text,
+    payload      bytea       NOT NULL,
+    CONSTRAINT topic_is_1_to_255_characters_of_its_alphabet CHECK (
+        octet_length(topic) BETWEEN 1 AND 255 AND topic !~ '[^A-Za-z0-9._:/-]'),
+    CONSTRAINT type_is_1_to_255_characters_of_its_alphabet CHECK (
+        octet_length(type) BETWEEN 1 AND 255 AND type !~ '[^A-Za-z0-9._:/-]'),
+    CONSTRAINT key_is_at_most_1024_bytes CHECK (octet_length(key) <= 1024),
+    CONSTRAINT headers_are_an_object_of_at_most_16384_bytes CHECK (
+        headers IS NULL OR (jsonb_typeof(headers) = 'object' AND octet_length(headers::text) <= 16384)),
+    CONSTRAINT content_type_is_1_to_255_bytes CHECK (octet_length(content_type) BETWEEN 1 AND 255)
+) PARTITION BY LIST (slot);
+
+COMMENT ON TABLE postbox.outbox IS
+    'One row is a message as it was published, in the publisher''s transaction. Written by producers, never updated or deleted: slots are truncated whole.';
+COMMENT ON COLUMN postbox.outbox.slot IS 'Ring slot, from the clock at insertion. Not for producers to write.';
+COMMENT ON COLUMN postbox.outbox.xid IS 'The top-level transaction, so savepoints and two-phase commits are covered. Not for producers to write.';
+COMMENT ON COLUMN postbox.outbox.seq IS 'Insertion order over all topics. Not for producers to write.';
+COMMENT ON COLUMN postbox.outbox.id IS 'Message id (UUID v7).';
+COMMENT ON COLUMN postbox.outbox.published_at IS 'When the row was inserted.';
+COMMENT ON COLUMN postbox.outbox.topic IS 'Topic: 1 to 255 characters of A-Z a-z 0-9 . _ - : /';
+COMMENT ON COLUMN postbox.outbox.type IS 'Message type, which chooses the handler within a group; alphabet and length of a topic. Null: untyped.';
+COMMENT ON COLUMN postbox.outbox.key IS 'Ordering key, up to 1,024 bytes: messages of one key are handled in order. Null: no order.';
+COMMENT ON COLUMN postbox.outbox.headers IS 'A JSON object of strings, up to 16,384 bytes. Null: none.';
+COMMENT ON COLUMN postbox.outbox.content_type IS 'Media type of the payload. Null: application/json.';
+COMMENT ON COLUMN postbox.outbox.payload IS 'The message itself.';
+
+------------------------------------------------------------------------------------------------------------- what orders it
+
+CREATE TABLE postbox.topic (
+    name        text PRIMARY KEY,
+    next_offset bigint      NOT NULL DEFAULT 0,
+    created_at  timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+COMMENT ON TABLE postbox.topic IS 'One row is a topic that has had a message. Written by the sequencer, once a topic.';
+COMMENT ON COLUMN postbox.topic.name IS 'Topic.';
+COMMENT ON COLUMN postbox.topic.next_offset IS
+    'Offsets never restart: the least next offset when no segment of the topic is left. Carried forward before a slot is truncated.';
+COMMENT ON COLUMN postbox.topic.created_at IS 'When the sequencer first saw the topic.';
+
+CREATE TABLE postbox.segment (
+    slot         smallint    NOT NULL,
+    topic        text        NOT NULL,
+    base         bigint      NOT NULL,
+    count        integer     NOT NULL,
+    bytes        bigint      NOT NULL,
+    xids         xid8[]      NOT NULL,
+    seqs         bigint[]    NOT NULL,
+    keys         integer[],
+    sequenced_at timestamptz NOT NULL DEFAULT clock_timestamp()
+) PARTITION BY LIST (slot);
+COMMENT ON TABLE postbox.segment IS
+    'One row is up to 1,024 consecutive offsets of a topic: where their messages are, and the hashes of their keys. Written by the sequencer, never updated; same ring as the outbox.';
+COMMENT ON COLUMN postbox.segment.slot IS 'Ring slot of its messages; all of a segment are in one slot.';
+COMMENT ON COLUMN postbox.segment.topic IS 'Topic.';
+COMMENT ON COLUMN postbox.segment.base IS 'Offset of the first message.';
+COMMENT ON COLUMN postbox.segment.count IS 'Number of messages: their offsets are base to base + count - 1.';
+COMMENT ON COLUMN postbox.segment.bytes IS 'Sum of the payload lengths.';
+COMMENT ON COLUMN postbox.segment.xids IS 'outbox.xid of each message.';
+COMMENT ON COLUMN postbox.segment.seqs IS 'outbox.seq of each message, ascending.';
+COMMENT ON COLUMN postbox.segment.keys IS 'Hash of each message''s key (postbox.key_hash); an element is null where the message has no key, and the array is null where none has.';
+COMMENT ON COLUMN postbox.segment.sequenced_at IS 'When the sequencer appended it.';
+
+CREATE TABLE postbox.tick (
+    slot     smallint    NOT NULL DEFAULT postbox.slot_of(clock_timestamp()),
+    id       bigint      NOT NULL,
+    snapshot pg_snapshot NOT NULL,
+    at       timestamptz NOT NULL DEFAULT clock_timestamp()
+) PARTITION BY LIST (slot);
+COMMENT ON TABLE postbox.tick IS
+    'One row is a step of the sequencer that found messages: all that its snapshot sees is in segments. Written by the sequencer, the newest counts; same ring as the outbox.';
+COMMENT ON COLUMN postbox.tick.slot IS 'Ring slot, from the clock.';
+COMMENT ON COLUMN postbox.tick.id IS 'Number of the step.';
+COMMENT ON COLUMN postbox.tick.snapshot IS 'The snapshot with which the step read the outbox.';
+COMMENT ON COLUMN postbox.tick.at IS 'When.';
+
+------------------------------------------------------------------------------------------------------------- who consumes it
+
+CREATE TABLE postbox.subscription (
+    id         integer     PRIMARY KEY GENERATED ALWAYS AS IDENTITY CHECK (id < 2097152),
+    group_name text        NOT NULL,
+    topic      text        NOT NULL,
+    lanes      smallint    NOT NULL CHECK (lanes BETWEEN 1 AND 1024),
+    order_mode text        NOT NULL CHECK (order_mode IN ('key', 'topic', 'none')),
+    node       text,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    UNIQUE (group_name, topic)
+);
+COMMENT ON TABLE postbox.subscription IS 'One row is a consumer group''s subscription to a topic. Written by consumers at their first start.';
+COMMENT ON COLUMN postbox.subscription.id IS 'Subscription.';
+COMMENT ON COLUMN postbox.subscription.group_name IS 'Consumer group.';
+COMMENT ON COLUMN postbox.subscription.topic IS 'Topic.';
+COMMENT ON COLUMN postbox.subscription.lanes IS 'Into how many lanes the keys are divided; fixed for its life.';
+COMMENT ON COLUMN postbox.subscription.order_mode IS 'key: messages of one key in order; topic: all in order; none: no order.';
+COMMENT ON COLUMN postbox.subscription.node IS 'For a durable broadcast: the node whose cursor this is.';
+COMMENT ON COLUMN postbox.subscription.created_at IS 'When it was first registered.';
+
+CREATE TABLE postbox.consumer (
+    id            integer     PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    name          text        NOT NULL,
+    pid           integer     NOT NULL,
+    subscriptions integer[]   NOT NULL,
+    lease         interval    NOT NULL,
+    started_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    heartbeat_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    report        jsonb       NOT NULL DEFAULT '{}'
+) WITH (fillfactor = 50);
+COMMENT ON TABLE postbox.consumer IS
+    'One row is a session of a consumer instance, which holds the advisory lock (1347571763, id) while it lives. Written by the instance.';
+COMMENT ON COLUMN postbox.consumer.id IS 'Instance; a new one for every session.';
+COMMENT ON COLUMN postbox.consumer.name IS 'Name of the instance (host name by default).';
+COMMENT ON COLUMN postbox.consumer.pid IS 'Its process id.';
+COMMENT ON COLUMN postbox.consumer.subscriptions IS 'Which subscriptions it serves.';
+COMMENT ON COLUMN postbox.consumer.lease IS 'How old heartbeat_at may be before others take over although its lock is still held.';
+COMMENT ON COLUMN postbox.consumer.started_at IS 'When the session began.';
+COMMENT ON COLUMN postbox.consumer.heartbeat_at IS 'When it last said that it is alive.';
+COMMENT ON COLUMN postbox.consumer.report IS 'What it says of itself at a heartbeat: positions and failures of its broadcasts, counters.';
+
+CREATE TABLE postbox.lane (
+    subscription_id integer  NOT NULL REFERENCES postbox.subscription ON DELETE CASCADE,
+    lane            smallint NOT NULL,
+    epoch           integer  NOT NULL DEFAULT 0,
+    consumer_id     integer,
+    position        bigint   NOT NULL,
+    pending         bigint[] NOT NULL DEFAULT '{}',
+    changed_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (subscription_id, lane)
+) WITH (fillfactor = 50);
+COMMENT ON TABLE postbox.lane IS
+    'One row is a lane of a subscription: who owns it, and where it stood when ownership last changed. Written when a lane is claimed or released.';
+COMMENT ON COLUMN postbox.lane.subscription_id IS 'Subscription.';
+COMMENT ON COLUMN postbox.lane.lane IS 'Lane, from 0.';
+COMMENT ON COLUMN postbox.lane.epoch IS 'Raised by every claim; whatever carries an older one is refused.';
+COMMENT ON COLUMN postbox.lane.consumer_id IS 'The owner; null: free.';
+COMMENT ON COLUMN postbox.lane.position IS 'All the lane''s offsets below it are settled, but for those in pending.';
+COMMENT ON COLUMN postbox.lane.pending IS 'Offsets below position that are not settled. May hold offsets of other lanes, which mean nothing here.';
+COMMENT ON COLUMN postbox.lane.changed_at IS 'When it was last claimed or released.';
+
+CREATE SEQUENCE postbox.checkpoint_id AS bigint CACHE 1;
+COMMENT ON SEQUENCE postbox.checkpoint_id IS 'Numbers the checkpoints; of a consumer''s checkpoints the greatest counts.';
+
+CREATE TABLE postbox.checkpoint (
+    slot            smallint    NOT NULL DEFAULT postbox.slot_of(clock_timestamp()),
+    id              bigint      NOT NULL DEFAULT nextval('postbox.checkpoint_id'),
+    subscription_id integer     NOT NULL,
+    consumer_id     integer     NOT NULL,
+    lanes           smallint[]  NOT NULL,
+    epochs          integer[]   NOT NULL,
+    positions       bigint[]    NOT NULL,
+    pending         bigint[]    NOT NULL,
+    at              timestamptz NOT NULL DEFAULT clock_timestamp()
+) PARTITION BY LIST (slot);
+COMMENT ON TABLE postbox.checkpoint IS
+    'One row says how far a consumer has settled all the lanes that it owns of a subscription. Written by consumers, never updated, the newest counts; same ring as the outbox.';
+COMMENT ON COLUMN postbox.checkpoint.slot IS 'Ring slot, from the clock.';
+COMMENT ON COLUMN postbox.checkpoint.id IS 'Order of writing.';
+COMMENT ON COLUMN postbox.checkpoint.subscription_id IS 'Subscription.';
+COMMENT ON COLUMN postbox.checkpoint.consumer_id IS 'The owner of the lanes.';
+COMMENT ON COLUMN postbox.checkpoint.lanes IS 'The lanes it owns.';
+COMMENT ON COLUMN postbox.checkpoint.epochs IS 'The epoch under which it owns each.';
+COMMENT ON COLUMN postbox.checkpoint.positions IS 'As lane.position, of each lane.';
+COMMENT ON COLUMN postbox.checkpoint.pending IS 'As lane.pending, of all these lanes together.';
+COMMENT ON COLUMN postbox.checkpoint.at IS 'When.';
+
+CREATE TABLE postbox.settlement (
+    slot            smallint    NOT NULL DEFAULT postbox.slot_of(clock_timestamp()),
+    subscription_id integer     NOT NULL,
+    lane            smallint    NOT NULL,
+    "offset"        bigint      NOT NULL
+) PARTITION BY LIST (slot);
+COMMENT ON TABLE postbox.settlement IS
+    'One row is a message settled in the transaction of its handler: effect and settlement commit together. Written by postbox.settle, never updated; same ring as the outbox.';
+COMMENT ON COLUMN postbox.settlement.slot IS 'Ring slot, from the clock.';
+COMMENT ON COLUMN postbox.settlement.subscription_id IS 'Subscription.';
+COMMENT ON COLUMN postbox.settlement.lane IS 'Lane.';
+COMMENT ON COLUMN postbox.settlement."offset" IS 'The settled offset.';
+
+CREATE TABLE postbox.dedup (
+    topic      text        NOT NULL,
+    dedup_key  text        NOT NULL CHECK (octet_length(dedup_key) BETWEEN 1 AND 1024),
+    id         uuid        NOT NULL,
+    expires_at timestamptz NOT NULL,
+    PRIMARY KEY (topic, dedup_key)
+);
+CREATE INDEX dedup_expires_at ON postbox.dedup (expires_at);
+COMMENT ON TABLE postbox.dedup IS
+    'One row is a deduplication key that was published with: publishing with it again until it expires gives the first id. Written by postbox.publish, expired by the dispatcher.';
+COMMENT ON COLUMN postbox.dedup.topic IS 'Topic; keys of different topics are independent.';
+COMMENT ON COLUMN postbox.dedup.dedup_key IS 'The publisher''s deduplication key, up to 1,024 bytes.';
+COMMENT ON COLUMN postbox.dedup.id IS 'Message id of the first publish.';
+COMMENT ON COLUMN postbox.dedup.expires_at IS 'End of the window.';
+
+--------------------------------------------------------------------------------------------------------------------- the ring
+
+DO $$
+BEGIN
+    FOR slot IN 0..7 LOOP
+        EXECUTE format('CREATE TABLE postbox.outbox_%1$s PARTITION OF postbox.outbox FOR VALUES IN (%1$s)
+            WITH (autovacuum_vacuum_insert_threshold = 1000000)', slot);
+        EXECUTE format('CREATE TABLE postbox.segment_%1$s PARTITION OF postbox.segment FOR VALUES IN (%1$s)', slot);
+        EXECUTE format('CREATE TABLE postbox.tick_%1$s PARTITION OF postbox.tick FOR VALUES IN (%1$s)', slot);
+        EXECUTE format('CREATE TABLE postbox.checkpoint_%1$s PARTITION OF postbox.checkpoint FOR VALUES IN (%1$s)', slot);
+        EXECUTE format('CREATE TABLE postbox.settlement_%1$s PARTITION OF postbox.settlement FOR VALUES IN (%1$s)', slot);
+        EXECUTE format('COMMENT ON TABLE postbox.outbox_%1$s IS ''Slot %1$s of postbox.outbox.''', slot);
+        EXECUTE format('COMMENT ON TABLE postbox.segment_%1$s IS ''Slot %1$s of postbox.segment.''', slot);
+        EXECUTE format('COMMENT ON TABLE postbox.tick_%1$s IS ''Slot %1$s of postbox.tick.''', slot);
+        EXECUTE format('COMMENT ON TABLE postbox.checkpoint_%1$s IS ''Slot %1$s of postbox.checkpoint.''', slot);
+        EXECUTE format('COMMENT ON TABLE postbox.settlement_%1$s IS ''Slot %1$s of postbox.settlement.''', slot);
+    END LOOP;
+END $$;
+
+-- The only index of the outbox: it finds what is new and fetches by address.
+CREATE INDEX outbox_xid_seq ON postbox.outbox (xid, seq);
+CREATE INDEX segment_topic_base ON postbox.segment (topic, base);
+CREATE INDEX tick_id ON postbox.tick (id);
+CREATE INDEX checkpoint_newest ON postbox.checkpoint (subscription_id, consumer_id, id);
+CREATE INDEX settlement_offset ON postbox.settlement (subscription_id, lane, "offset");
+
+-------------------------------------------------------------------------------------------------------------------- publishing
+
+CREATE FUNCTION postbox.ring_bell() RETURNS trigger
+    LANGUAGE plpgsql AS $$
+BEGIN
+    -- Shared, and held until the commit is visible: a dispatcher can only fall asleep (take it exclusively) when nobody who
+    -- found it awake is still in flight. See ARCHITECTURE.md, "The bell".
+    IF NOT pg_try_advisory_xact_lock_shared(1347571761, 2) THEN
+        -- A transaction that has notified cannot be prepared, so one that will be says so and is found by the slow poll.
+        IF current_setting('postbox.two_phase', true) IS DISTINCT FROM 'on' THEN
+            PERFORM pg_notify('postbox_outbox', '');
+        END IF;
+    END IF;
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION postbox.ring_bell IS 'Wakes the dispatcher when, and only when, it sleeps.';
+
+CREATE TRIGGER ring_bell BEFORE INSERT ON postbox.outbox FOR EACH STATEMENT EXECUTE FUNCTION postbox.ring_bell();
+COMMENT ON TRIGGER ring_bell ON postbox.outbox IS 'Wakes the dispatcher when, and only when, it sleeps.';
+
+CREATE FUNCTION postbox.key_hash(key text) RETURNS integer
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN (hashtextextended(key, 0) & 2147483647)::integer;
+COMMENT ON FUNCTION postbox.key_hash IS
+    'The hash that decides a key''s lane for ever: 31 bits of hashtextextended, which is stable across PostgreSQL versions because hash partitioning relies on it.';
+
+CREATE FUNCTION postbox.order_lock(topic text, key text) RETURNS void
+    LANGUAGE sql VOLATILE
+    RETURN pg_advisory_xact_lock(1347571764, hashtext(topic || ' ' || coalesce(key, '')));
+COMMENT ON FUNCTION postbox.order_lock IS
+    'Waits for every transaction that took it for the same topic and key, so that the order of publishing is the order of committing.';
+
+CREATE FUNCTION postbox.publish_bytes(
+    topic        text,
+    payload      bytea,
+    content_type text,
+    key          text     DEFAULT NULL,
+    type         text     DEFAULT NULL,
+    headers      jsonb    DEFAULT NULL,
+    dedup_key    text     DEFAULT NULL,
+    dedup_window interval DEFAULT '24 hours',
+    ordered      boolean  DEFAULT false,
+    id           uuid     DEFAULT NULL
+) RETURNS uuid
+    LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    message_id uuid := coalesce(publish_bytes.id, postbox.uuid7());
+    winner     uuid;
+BEGIN
+    IF publish_bytes.ordered THEN
+        PERFORM postbox.order_lock(publish_bytes.topic, publish_bytes.key);
+    END IF;
+    IF publish_bytes.dedup_key IS NOT NULL THEN
+        INSERT INTO postbox.dedup AS d (topic, dedup_key, id, expires_at)
+        VALUES (publish_bytes.topic, publish_bytes.dedup_key, message_id, clock_timestamp() + publish_bytes.dedup_window)
+        ON CONFLICT ON CONSTRAINT dedup_pkey DO UPDATE SET id = excluded.id, expires_at = excluded.expires_at
+            WHERE d.expires_at <= clock_timestamp()
+        RETURNING d.id INTO winner;
+        IF winner IS NULL THEN
+            -- The conflicting row was locked by the insert, so it is committed and still there.
+            SELECT d.id INTO winner FROM postbox.dedup d
+            WHERE d.topic = publish_bytes.topic AND d.dedup_key = publish_bytes.dedup_key;
+            RETURN winner;
+        END IF;
+    END IF;
+    INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload)
+    VALUES (message_id, publish_bytes.topic, publish_bytes.type, publish_bytes.key,
+            CASE WHEN publish_bytes.headers <> '{}' THEN publish_bytes.headers END,
+            nullif(publish_bytes.content_type, 'application/json'), publish_bytes.payload);
+    RETURN message_id;
+END $$;
+COMMENT ON FUNCTION postbox.publish_bytes IS 'Publishes bytes of any content type in the caller''s transaction; returns the message id.';
+
+CREATE FUNCTION postbox.publish(
+    topic        text,
+    payload      jsonb,
+    key          text     DEFAULT NULL,
+    type         text     DEFAULT NULL,
+    headers      jsonb    DEFAULT NULL,
+    dedup_key    text     DEFAULT NULL,
+    dedup_window interval DEFAULT '24 hours',
+    ordered      boolean  DEFAULT false,
+    id           uuid     DEFAULT NULL
+) RETURNS uuid
+    LANGUAGE sql VOLATILE
+    RETURN postbox.publish_bytes(topic, convert_to(payload::text, 'UTF8'), 'application/json', key, type, headers, dedup_key,
+        dedup_window, ordered, id);
+COMMENT ON FUNCTION postbox.publish IS
+    'Publishes a JSON message in the caller''s transaction; returns the message id. SELECT postbox.publish(topic => ''orders'', key => ''42'', payload => ''{"total": 7}'')';
+
+CREATE FUNCTION postbox.grant_publish(role regrole) RETURNS void
+    LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('GRANT USAGE ON SCHEMA postbox TO %s', role);
+    EXECUTE format('GRANT INSERT (id, topic, type, key, headers, content_type, payload) ON postbox.outbox TO %s', role);
+    EXECUTE format('GRANT USAGE ON SEQUENCE postbox.outbox_seq TO %s', role);
+    EXECUTE format('GRANT SELECT, INSERT, UPDATE ON postbox.dedup TO %s', role);
+END $$;
+COMMENT ON FUNCTION postbox.grant_publish IS 'Lets a role publish, and nothing else: the content columns of the outbox, not slot, xid or seq.';
+
+------------------------------------------------------------------------------------------------------------------ sequencing
+
+CREATE FUNCTION postbox.next_offset(of_topic text) RETURNS bigint
+    LANGUAGE plpgsql STABLE
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    result bigint;
+BEGIN
+    SELECT s.base + s.count INTO result FROM postbox.segment s WHERE s.topic = of_topic ORDER BY s.base DESC LIMIT 1;
+    IF result IS NULL THEN
+        SELECT t.next_offset INTO result FROM postbox.topic t WHERE t.name = of_topic;
+    END IF;
+    RETURN coalesce(result, 0);
+END $$;
+COMMENT ON FUNCTION postbox.next_offset IS 'The offset that the next message of a topic gets; the number of messages sequenced so far.';
+
+CREATE FUNCTION postbox.sequence() RETURNS TABLE (topic text, head bigint, messages bigint)
+    LANGUAGE plpgsql
+    -- Plans made while the tables were empty would scan sequentially for ever; and the cost that enable_seqscan adds
+    -- switches JIT on, which takes hundreds of milliseconds.
+    SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    last_id       bigint;
+    last_snapshot pg_snapshot;
+    last_xmax     xid8;
+    last_xip      xid8[];
+    now_snapshot  pg_snapshot;
+    topics        text[];
+    new_heads     bigint[];
+    counts        bigint[];
+    heads         text;
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'postbox.sequence() must run in READ COMMITTED, not %', current_setting('transaction_isolation')
+            USING HINT = 'Its snapshot must be taken after its lock.';
+    END IF;
+    PERFORM pg_advisory_xact_lock(1347571761, 1);
+
+    SELECT t.id, t.snapshot INTO last_id, last_snapshot FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
+    IF last_id IS NULL THEN
+        last_id := 0;
+        last_xmax := '0';
+        last_xip := '{}';
+    ELSE
+        now_snapshot := pg_current_snapshot();
+        -- The same transactions are finished as at the last tick: nothing can be new.
+        IF now_snapshot::text = last_snapshot::text THEN
+            RETURN;
+        END IF;
+        last_xmax := pg_snapshot_xmax(last_snapshot);
+        last_xip := ARRAY(SELECT pg_snapshot_xip(last_snapshot));
+    END IF;
+
+    WITH
+    -- What became visible since the last tick. Its own snapshot, the one recorded in the new tick, is this statement's.
+    fresh AS MATERIALIZED (
+        SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
+        WHERE o.xid >= last_xmax
+        UNION ALL
+        SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
+        WHERE o.xid = ANY (last_xip)
+    ),
+    tick AS (
+        INSERT INTO postbox.tick (id, snapshot) SELECT last_id + 1, pg_current_snapshot() WHERE EXISTS (SELECT FROM fresh)
+    ),
+    -- By seq, not by xid: a transaction's xid may be older than its insert.
+    numbered AS (
+        SELECT f.*, row_number() OVER by_seq - 1 AS n, f.slot <> lag(f.slot, 1, f.slot) OVER by_seq AS turns
+        FROM fresh f
+        WINDOW by_seq AS (PARTITION BY f.topic ORDER BY f.seq)
+    ),
+    -- Cut where the slot changes; grouping by slot would reorder around a slot's boundary.
+    islands AS (
+        SELECT n.*, count(*) FILTER (WHERE n.turns) OVER (PARTITION BY n.topic ORDER BY n.seq) AS island FROM numbered n
+    ),
+    pieces AS (
+        SELECT i.topic, min(i.n) AS first, count(*) AS count, min(i.slot) AS slot, sum(i.bytes) AS bytes,
+            array_agg(i.xid ORDER BY i.seq) AS xids,
+            array_agg(i.seq ORDER BY i.seq) AS seqs,
+            CASE WHEN count(i.key) > 0 THEN array_agg(postbox.key_hash(i.key) ORDER BY i.seq) END AS keys
+        FROM islands i
+        GROUP BY i.topic, i.island, i.n / 1024
+    ),
+    topics AS MATERIALIZED (
+        SELECT p.topic, sum(p.count)::bigint AS messages, postbox.next_offset(p.topic) AS next_offset FROM pieces p GROUP BY p.topic
+    ),
+    first_seen AS (
+        INSERT INTO postbox.topic (name) SELECT t.topic FROM topics t WHERE t.next_offset = 0 ON CONFLICT DO NOTHING
+    ),
+    appended AS (
+        INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
+        SELECT p.slot, p.topic, t.next_offset + p.first, p.count, p.bytes, p.xids, p.seqs, p.keys
+        FROM pieces p JOIN topics t ON t.topic = p.topic
+    )
+    SELECT array_agg(t.topic), array_agg(t.next_offset + t.messages), array_agg(t.messages)
+    INTO topics, new_heads, counts FROM topics t;
+
+    IF topics IS NULL THEN
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT * FROM unnest(topics, new_heads, counts);
+    -- Every consumer that is there to be woken holds this shared; held to the commit here, so that one which comes
+    -- meanwhile waits and then looks.
+    IF NOT pg_try_advisory_xact_lock(1347571761, 3) THEN
+        SELECT string_agg(t.topic || ' ' || t.head, ' ') INTO heads FROM unnest(topics, new_heads) AS t (topic, head);
+        PERFORM pg_notify('postbox_segment', CASE WHEN octet_length(heads) < 7000 THEN heads ELSE '' END);
+    END IF;
+END $$;
+COMMENT ON FUNCTION postbox.sequence IS
+    'One step of the sequencer: gives every message that became visible since the last step its offset. Any number may call it at once.';
+
+------------------------------------------------------------------------------------------------------------------ consuming
+
+CREATE FUNCTION postbox.first_offset(of_topic text) RETURNS bigint
+    LANGUAGE plpgsql STABLE
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    result bigint;
+BEGIN
+    SELECT s.base INTO result FROM postbox.segment s WHERE s.topic = of_topic ORDER BY s.base LIMIT 1;
+    RETURN coalesce(result, postbox.next_offset(of_topic));
+END $$;
+COMMENT ON FUNCTION postbox.first_offset IS 'The earliest retained offset of a topic.';
+
+CREATE FUNCTION postbox.offset_at(of_topic text, since timestamptz) RETURNS bigint
+    LANGUAGE plpgsql STABLE
+    SET jit = off AS $$
+DECLARE
+    result bigint;
+    found  postbox.segment;
+BEGIN
+    -- A message is published before it is sequenced, so the first one published since then is in or after this segment.
+    SELECT s.* INTO found FROM postbox.segment s WHERE s.topic = of_topic AND s.sequenced_at >= since ORDER BY s.base LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN postbox.next_offset(of_topic);
+    END IF;
+    SELECT found.base + min(a.n) - 1 INTO result
+    FROM unnest(found.xids, found.seqs) WITH ORDINALITY AS a (xid, seq, n)
+    JOIN postbox.outbox o ON o.slot = found.slot AND o.xid = a.xid AND o.seq = a.seq
+    WHERE o.published_at >= since;
+    RETURN coalesce(result, found.base + found.count);
+END $$;
+COMMENT ON FUNCTION postbox.offset_at IS 'The offset of the first message of a topic that was published at or after an instant.';
+
+CREATE FUNCTION postbox.start_offset(of_topic text, start text, value text) RETURNS bigint
+    LANGUAGE sql STABLE AS $$
+    SELECT CASE start
+        WHEN 'earliest' THEN postbox.first_offset(of_topic)
+        WHEN 'latest' THEN postbox.next_offset(of_topic)
+        WHEN 'offset' THEN least(greatest(value::bigint, postbox.first_offset(of_topic)), postbox.next_offset(of_topic))
+        WHEN 'time' THEN postbox.offset_at(of_topic, value::timestamptz)
+        WHEN 'ago' THEN postbox.offset_at(of_topic, clock_timestamp() - value::interval)
+    END
+$$;
+COMMENT ON FUNCTION postbox.start_offset IS
+    'Where a start position is: earliest, latest, offset N, time (an instant), ago (a span).';
+
+CREATE FUNCTION postbox.subscribe(
+    of_group text, to_topic text, with_lanes smallint, with_order text, for_node text, start text, start_value text
+) RETURNS TABLE (id integer, lanes smallint, order_mode text)
+    LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    new_id integer;
+BEGIN
+    INSERT INTO postbox.subscription (group_name, topic, lanes, order_mode, node)
+    VALUES (of_group, to_topic, with_lanes, with_order, for_node)
+    ON CONFLICT (group_name, topic) DO NOTHING
+    RETURNING subscription.id INTO new_id;
+    IF new_id IS NOT NULL THEN
+        INSERT INTO postbox.lane (subscription_id, lane, position)
+        SELECT new_id, n, p.position
+        FROM (SELECT postbox.start_offset(to_topic, start, start_value) AS position) p, generate_series(0, with_lanes - 1) n;
+    ELSIF with_order <> 'topic' THEN
+        -- Between key and none nothing that is stored changes.
+        UPDATE postbox.subscription s SET order_mode = with_order
+        WHERE s.group_name = of_group AND s.topic = to_topic AND s.order_mode NOT IN (with_order, 'topic');
+    END IF;
+    RETURN QUERY SELECT s.id, s.lanes, s.order_mode FROM postbox.subscription s
+        WHERE s.group_name = of_group AND s.topic = to_topic;
+END $$;
+COMMENT ON FUNCTION postbox.subscribe IS 'Registers a subscription with its lanes at its start position, or finds the one there is.';
+
+CREATE FUNCTION postbox.is_live(of_consumer integer) RETURNS boolean
+    LANGUAGE sql STABLE
+    RETURN EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 1347571763 AND l.objid = of_consumer::oid
+        AND l.objsubid = 2 AND l.granted AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()));
+COMMENT ON FUNCTION postbox.is_live IS 'Whether a consumer''s session holds its lock.';
+
+CREATE FUNCTION postbox.lane_state(of_subscription integer, of_lane smallint) RETURNS TABLE (
+    consumer_id integer, epoch integer, "position" bigint, pending bigint[]
+)
+    LANGUAGE plpgsql STABLE
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    l postbox.lane;
+    c postbox.checkpoint;
+    n integer;
+BEGIN
+    SELECT * INTO l FROM postbox.lane WHERE subscription_id = of_subscription AND lane = of_lane;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    -- The owner's newest checkpoint counts if it was written under this ownership; a consumer writes one row for all its lanes.
+    SELECT * INTO c FROM postbox.checkpoint
+    WHERE subscription_id = of_subscription AND consumer_id = l.consumer_id ORDER BY id DESC LIMIT 1;
+    n := array_position(c.lanes, of_lane);
+    IF n IS NOT NULL AND c.epochs[n] = l.epoch THEN
+        l.position := c.positions[n];
+        l.pending := c.pending;
+    END IF;
+    RETURN QUERY SELECT l.consumer_id, l.epoch, l.position, l.pending;
+END $$;
+COMMENT ON FUNCTION postbox.lane_state IS 'Where a lane stands: its baseline, or its owner''s newest checkpoint.';
+
+CREATE FUNCTION postbox.claim(by_consumer integer, of_subscription integer, wanted smallint[], seen_epochs integer[])
+    RETURNS TABLE (lane smallint, epoch integer, "position" bigint, pending bigint[], done bigint[])
+    LANGUAGE plpgsql
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    w       record;
+    state   record;
+    settled bigint[];
+BEGIN
+    FOR w IN SELECT * FROM unnest(wanted, seen_epochs) AS u (lane, epoch) ORDER BY 1 LOOP
+        -- Exclusive: a transactional handler holds it shared from its check of the epoch through its commit. If one is just
+        -- committing, the lane is claimed at the next try.
+        CONTINUE WHEN NOT pg_try_advisory_xact_lock(1347571762, of_subscription * 1024 + w.lane);
+        PERFORM FROM postbox.lane l
+            WHERE l.subscription_id = of_subscription AND l.lane = w.lane AND l.epoch = w.epoch FOR UPDATE;
+        CONTINUE WHEN NOT FOUND;
+        SELECT * INTO state FROM postbox.lane_state(of_subscription, w.lane);
+        settled := ARRAY(
+            SELECT s."offset" FROM postbox.settlement s
+            WHERE s.subscription_id = of_subscription AND s.lane = w.lane AND s."offset" >= state.position
+            UNION
+            SELECT s."offset" FROM postbox.settlement s
+            WHERE s.subscription_id = of_subscription AND s.lane = w.lane AND s."offset" = ANY (state.pending));
+        UPDATE postbox.lane l
+        SET epoch = w.epoch + 1, consumer_id = by_consumer, position = state.position, pending = state.pending,
+            changed_at = clock_timestamp()
+        WHERE l.subscription_id = of_subscription AND l.lane = w.lane;
+        RETURN QUERY SELECT w.lane, w.epoch + 1, state.position, state.pending, settled;
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION postbox.claim IS
+    'Makes a consumer the owner of those lanes that still have the epoch it saw, and says where each stands: done are offsets settled by transactional handlers beyond position or in pending.';
+
+CREATE FUNCTION postbox.release(
+    by_consumer integer, of_subscription integer, lanes smallint[], epochs integer[], positions bigint[], still_pending bigint[]
+) RETURNS void
+    LANGUAGE sql VOLATILE AS $$
+    UPDATE postbox.lane l
+    SET consumer_id = NULL, position = r.position, pending = still_pending, changed_at = clock_timestamp()
+    FROM unnest(lanes, epochs, positions) AS r (lane, epoch, position)
+    WHERE l.subscription_id = of_subscription AND l.lane = r.lane AND l.epoch = r.epoch AND l.consumer_id = by_consumer
+$$;
+COMMENT ON FUNCTION postbox.release IS 'Frees lanes that a consumer owns, with where they stand.';
+
+CREATE FUNCTION postbox.checkpoint(
+    by_consumer integer, subscriptions integer[], lanes smallint[], epochs integer[], positions bigint[],
+    pending_subscriptions integer[], pending_offsets bigint[]
+) RETURNS bigint
+    LANGUAGE plpgsql
+    SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    accepted bigint;
+BEGIN
+    WITH written AS (
+        INSERT INTO postbox.checkpoint (subscription_id, consumer_id, lanes, epochs, positions, pending)
+        SELECT i.subscription_id, by_consumer, array_agg(i.lane), array_agg(i.epoch), array_agg(i.position),
+            ARRAY(SELECT p."offset" FROM unnest(pending_subscriptions, pending_offsets) AS p (subscription_id, "offset")
+                WHERE p.subscription_id = i.subscription_id)
+        FROM unnest(subscriptions, lanes, epochs, positions) AS i (subscription_id, lane, epoch, position)
+        JOIN postbox.lane l ON l.subscription_id = i.subscription_id AND l.lane = i.lane AND l.epoch = i.epoch
+            AND l.consumer_id = by_consumer
+        GROUP BY i.subscription_id
+        RETURNING cardinality(lanes) AS lanes
+    )
+    SELECT coalesce(sum(w.lanes), 0) INTO accepted FROM written w;
+    RETURN accepted;
+END $$;
+COMMENT ON FUNCTION postbox.checkpoint IS
+    'Appends how far a consumer''s lanes are settled; a lane whose epoch is stale is left out. Returns how many were accepted.';
+
+CREATE FUNCTION postbox.settle(by_consumer integer, of_subscription integer, of_lane smallint, of_epoch integer, offsets bigint[])
+    RETURNS void
+    LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'a transactional handler must run in READ COMMITTED, not %', current_setting('transaction_isolation')
+            USING HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot: do not SET TRANSACTION in a handler.';
+    END IF;
+    -- Shared, through the commit: a takeover takes it exclusively before it raises the epoch.
+    PERFORM pg_advisory_xact_lock_shared(1347571762, of_subscription * 1024 + of_lane);
+    PERFORM FROM postbox.lane l
+        WHERE l.subscription_id = of_subscription AND l.lane = of_lane AND l.epoch = of_epoch AND l.consumer_id = by_consumer;
+    -- The owner's session holds its lock exclusively for as long as it lives. After a crash of PostgreSQL offsets that were
+    -- never flushed may be given anew, so what a session knew is worth nothing without it.
+    IF NOT FOUND OR pg_try_advisory_xact_lock_shared(1347571763, by_consumer) THEN
+        RAISE EXCEPTION 'lane % of subscription % is no longer owned by consumer % in epoch %',
+            of_lane, of_subscription, by_consumer, of_epoch USING ERRCODE = 'PB001';
+    END IF;
+    INSERT INTO postbox.settlement (subscription_id, lane, "offset")
+    SELECT of_subscription, of_lane, o FROM unnest(offsets) o;
+END $$;
+COMMENT ON FUNCTION postbox.settle IS
+    'The last statement of a transactional handler: settles its message in its transaction, or fails (PB001) if the lane has another owner.';

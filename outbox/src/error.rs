@@ -1,0 +1,118 @@
+//! What can go wrong when publishing, migrating or reading the log.
+
+use crate::message::{DecodeError, EncodeError};
+
+/// An error of Postbox. Each says what failed and what to do about it.
+///
+/// Bad input is refused before the database sees it, so a transaction is still usable after every variant but
+/// [`Database`](Error::Database).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The topic is empty, too long, or has a character that is not allowed.
+    #[error("topic {0:?} is not allowed: a topic is 1 to 255 characters of A-Z a-z 0-9 . _ - : /")]
+    InvalidTopic(String),
+    /// The message type is empty, too long, or has a character that is not allowed.
+    #[error("type {0:?} is not allowed: a message type is 1 to 255 characters of A-Z a-z 0-9 . _ - : /")]
+    InvalidType(String),
+    /// The key is longer than 1,024 bytes.
+    #[error("the key has {0} bytes: a key has at most 1,024 bytes, so use a digest of it as the key")]
+    KeyTooLong(usize),
+    /// A text holds the character U+0000, which PostgreSQL cannot store.
+    #[error("the {field} contains the character U+0000, which PostgreSQL cannot store as text")]
+    NulCharacter {
+        /// Which one.
+        field: &'static str,
+    },
+    /// A header's name is not allowed.
+    #[error(
+        "header name {0:?} is not allowed: a name is 1 to 128 characters of A-Z a-z 0-9 . _ - and does not begin \
+         with \"postbox-\", which is reserved"
+    )]
+    InvalidHeaderName(String),
+    /// All headers together are larger than 16,384 bytes.
+    #[error(
+        "the headers have {0} bytes as JSON: at most 16,384 are allowed, so move large values into the payload"
+    )]
+    HeadersTooLarge(usize),
+    /// The content type is no media type.
+    #[error(
+        "content type {0:?} is not allowed: it is 1 to 255 visible ASCII characters such as application/json"
+    )]
+    InvalidContentType(String),
+    /// The payload is larger than the limit.
+    #[error(
+        "the payload has {size} bytes and the limit is {limit}: publish a reference to it, or raise the limit with \
+         postbox::set_payload_limit"
+    )]
+    PayloadTooLarge {
+        /// Its size in bytes.
+        size: usize,
+        /// The limit in bytes.
+        limit: usize,
+    },
+    /// The deduplication key is empty or longer than 1,024 bytes.
+    #[error("the deduplication key has {0} bytes: it has 1 to 1,024 bytes")]
+    InvalidDedupKey(usize),
+    /// The deduplication window is zero or longer than 10 years.
+    #[error("the deduplication window is {0:?}: it is more than zero and at most 10 years")]
+    InvalidDedupWindow(std::time::Duration),
+    /// A message of a batch was refused; none of the batch was published.
+    #[error("message {index} of the batch (counted from 0): {source}")]
+    InBatch {
+        /// Its place in the batch, from 0.
+        index: usize,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// The payload could not be encoded.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// The payload could not be decoded.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// The database has no Postbox schema.
+    #[error(
+        "the database {database:?} has no Postbox schema: run `postbox migrate` or call postbox::migrate"
+    )]
+    SchemaMissing {
+        /// Name of the database.
+        database: String,
+    },
+    /// The schema is older than this program needs.
+    #[error(
+        "the Postbox schema is at version {found} and this program needs {needed}: run `postbox migrate` or call postbox::migrate"
+    )]
+    SchemaOlder {
+        /// The database's version.
+        found: i32,
+        /// The version this program needs.
+        needed: i32,
+    },
+    /// The schema was migrated by a newer program.
+    #[error(
+        "the Postbox schema is at version {found} and this program knows only {known}: upgrade this program; the database was left as it is"
+    )]
+    SchemaNewer {
+        /// The database's version.
+        found: i32,
+        /// The newest version this program knows.
+        known: i32,
+    },
+    /// A migration that was applied is not the one this program has under its number.
+    #[error(
+        "migration {version} ({name}) was applied in another form than this program has it: the program and the database come from different builds"
+    )]
+    MigrationChanged {
+        /// Its number.
+        version: i32,
+        /// Its name.
+        name: String,
+    },
+    /// PostgreSQL or the connection reported an error; the transaction is no longer usable.
+    #[error("database: {0}")]
+    Database(#[from] sqlx::Error),
+}
+
+/// A result with [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,298 @@
+//! Reading the log: a topic's segments, and the messages they point at.
+//!
+//! For consumers and tools. A topic is a dense sequence of offsets; segments say where the message of each offset is
+//! stored. Reading changes nothing and needs no lock.
+
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use crate::error::Result;
+use crate::headers::Headers;
+pub use crate::id::Xid;
+use crate::id::{MessageId, Offset};
+
+/// Most messages in one segment.
+pub const SEGMENT: i64 = 1024;
+
+/// Up to 1,024 consecutive offsets of a topic: where their messages are, and the hashes of their keys.
+#[derive(Debug, Clone)]
+pub struct Segment {
+    base: i64,
+    slot: i16,
+    bytes: i64,
+    xids: Vec<Xid>,
+    seqs: Vec<i64>,
+    keys: Option<Vec<Option<i32>>>,
+}
+
+impl Segment {
+    /// Offset of its first message.
+    pub fn base(&self) -> Offset {
+        Offset::new(self.base)
+    }
+
+    /// One past its last offset.
+    pub fn end(&self) -> Offset {
+        Offset::new(self.base + self.seqs.len() as i64)
+    }
+
+    /// Mean payload length, in bytes.
+    pub fn mean_bytes(&self) -> usize {
+        usize::try_from(self.bytes).unwrap_or(usize::MAX) / self.seqs.len().max(1)
+    }
+
+    /// The hash of the key of the message at `offset`, which must be in the segment; `None`: no key.
+    pub fn key_hash(&self, offset: Offset) -> Option<i32> {
+        self.keys
+            .as_ref()
+            .and_then(|keys| keys[(offset.get() - self.base) as usize])
+    }
+
+    fn address(&self, offset: i64) -> Address {
+        let n = (offset - self.base) as usize;
+        Address {
+            xid: self.xids[n],
+            seq: self.seqs[n],
+        }
+    }
+}
+
+/// A message as it was published, with its place in the topic.
+#[derive(Debug, Clone)]
+pub struct StoredMessage {
+    /// Message id.
+    pub id: MessageId,
+    /// Its place in the topic.
+    pub offset: Offset,
+    /// Message type, if it has one.
+    pub message_type: Option<Arc<str>>,
+    /// Ordering key, if it has one.
+    pub key: Option<Box<str>>,
+    /// Hash of the key.
+    pub key_hash: Option<i32>,
+    /// Headers.
+    pub headers: Option<Box<Headers>>,
+    /// Media type of the payload; `None`: `application/json`.
+    pub content_type: Option<Box<str>>,
+    /// The payload.
+    pub payload: Box<[u8]>,
+    /// When it was inserted.
+    pub published_at: DateTime<Utc>,
+}
+
+/// `base > from - 1024` lets the index on (topic, base) find the segment that contains `from`: none is longer.
+const SEGMENTS: &str = "SELECT base, slot, bytes, xids, seqs, keys FROM postbox.segment \
+     WHERE topic = $1 AND base > $2 - 1024 AND base + count > $2 ORDER BY base LIMIT $3";
+
+/// The segments of a topic from the one that contains `from`, at most `limit`, in order.
+pub async fn segments(
+    connection: &mut PgConnection,
+    topic: &str,
+    from: Offset,
+    limit: i64,
+) -> Result<Vec<Segment>> {
+    let rows = sqlx::query(SEGMENTS)
+        .bind(topic)
+        .bind(from.get())
+        .bind(limit)
+        .fetch_all(connection)
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Segment {
+                base: row.try_get(0)?,
+                slot: row.try_get(1)?,
+                bytes: row.try_get(2)?,
+                xids: row.try_get_unchecked(3)?,
+                seqs: row.try_get(4)?,
+                keys: row.try_get(5)?,
+            })
+        })
+        .collect()
+}
+
+/// The offset that the topic's next message gets: the number of messages sequenced so far.
+pub async fn next_offset(connection: &mut PgConnection, topic: &str) -> Result<Offset> {
+    let next = sqlx::query_scalar("SELECT postbox.next_offset($1)")
+        .bind(topic)
+        .fetch_one(connection)
+        .await?;
+    Ok(Offset::new(next))
+}
+
+/// The messages of consecutive offsets from `from` to before `to`, all of which must be in `segments`; an element is `None` where the
+/// row is gone.
+///
+/// Where the wanted rows are dense in the index they are read as one range, else by address.
+pub async fn messages(
+    connection: &mut PgConnection,
+    topic: &str,
+    segments: &[Segment],
+    from: Offset,
+    to: Offset,
+) -> Result<Vec<Option<StoredMessage>>> {
+    let mut found = Vec::with_capacity((to.get() - from.get()).max(0) as usize);
+    // Consecutive segments of one slot are one request.
+    let mut rest = segments
+        .iter()
+        .filter(|s| s.end() > from && s.base() < to)
+        .peekable();
+    let mut types = Types::default();
+    while let Some(first) = rest.next() {
+        let mut wanted = Wanted::new(first.slot);
+        wanted.extend(first, from, to);
+        while let Some(next) = rest.next_if(|next| next.slot == first.slot) {
+            wanted.extend(next, from, to);
+        }
+        wanted.fetch(connection, topic, &mut types, &mut found).await?;
+    }
+    Ok(found)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Address {
+    xid: Xid,
+    seq: i64,
+}
+
+/// The rows to read of one slot, in the order of their offsets.
+struct Wanted {
+    slot: i16,
+    entries: Vec<(Address, Offset, Option<i32>)>,
+}
+
+/// The topic is in the condition because a range of addresses holds other topics' rows too.
+const RANGE: &str = "SELECT seq, id, type, key, headers, content_type, payload, published_at FROM postbox.outbox \
+     WHERE slot = $1 AND xid BETWEEN $2 AND $3 AND seq BETWEEN $4 AND $5 AND topic = $6";
+
+const BY_ADDRESS: &str = "SELECT o.seq, o.id, o.type, o.key, o.headers, o.content_type, o.payload, o.published_at \
+     FROM unnest($2::xid8[], $3::bigint[]) AS a (xid, seq) \
+     JOIN postbox.outbox o ON o.xid = a.xid AND o.seq = a.seq WHERE o.slot = $1";
+
+impl Wanted {
+    fn new(slot: i16) -> Self {
+        Self {
+            slot,
+            entries: Vec::new(),
+        }
+    }
+
+    fn extend(&mut self, segment: &Segment, from: Offset, to: Offset) {
+        for offset in segment.base.max(from.get())..segment.end().get().min(to.get()) {
+            let offset = Offset::new(offset);
+            self.entries
+                .push((segment.address(offset.get()), offset, segment.key_hash(offset)));
+        }
+    }
+
+    async fn fetch(
+        self,
+        connection: &mut PgConnection,
+        topic: &str,
+        types: &mut Types,
+        found: &mut Vec<Option<StoredMessage>>,
+    ) -> Result<()> {
+        // seq is unique, so it alone says which entry a row is for.
+        let mut places: Vec<(i64, usize)> = self
+            .entries
+            .iter()
+            .enumerate()
+            .map(|(n, e)| (e.0.seq, n))
+            .collect();
+        places.sort_unstable();
+        let start = found.len();
+        found.resize_with(start + self.entries.len(), || None);
+        let rows = match self.dense_range() {
+            Some((low, high)) => {
+                sqlx::query(RANGE)
+                    .bind(self.slot)
+                    .bind(low.xid)
+                    .bind(high.xid)
+                    .bind(low.seq)
+                    .bind(high.seq)
+                    .bind(topic)
+                    .fetch_all(connection)
+                    .await?
+            }
+            None => {
+                let (xids, seqs): (Vec<Xid>, Vec<i64>) =
+                    self.entries.iter().map(|e| (e.0.xid, e.0.seq)).unzip();
+                sqlx::query(BY_ADDRESS)
+                    .bind(self.slot)
+                    .bind(xids)
+                    .bind(seqs)
+                    .fetch_all(connection)
+                    .await?
+            }
+        };
+        for row in &rows {
+            let seq: i64 = row.try_get_unchecked(0)?;
+            if let Ok(place) = places.binary_search_by_key(&seq, |place| place.0) {
+                let n = places[place].1;
+                let (_, offset, key_hash) = self.entries[n];
+                found[start + n] = Some(decode(row, offset, key_hash, types)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The smallest box of (xid, seq) around all entries, if at least half of the seqs in it are wanted: then reading the
+    /// range is cheaper than looking up each. A transaction that is much older than the others would widen the box to
+    /// index entries that are skipped one by one, so there it is by address.
+    fn dense_range(&self) -> Option<(Address, Address)> {
+        let seqs = || self.entries.iter().map(|e| e.0.seq);
+        let xids = || self.entries.iter().map(|e| e.0.xid);
+        let low = Address {
+            xid: xids().min()?,
+            seq: seqs().min()?,
+        };
+        let high = Address {
+            xid: xids().max()?,
+            seq: seqs().max()?,
+        };
+        let wanted = self.entries.len() as i64;
+        let dense =
+            wanted >= 8 && high.seq - low.seq < 2 * wanted && high.xid.0 - low.xid.0 < 4 * wanted as u64;
+        dense.then_some((low, high))
+    }
+}
+
+fn decode(row: &PgRow, offset: Offset, key_hash: Option<i32>, types: &mut Types) -> Result<StoredMessage> {
+    let headers: Option<sqlx::types::Json<serde_json::Map<String, Value>>> = row.try_get_unchecked(4)?;
+    Ok(StoredMessage {
+        id: MessageId::from(row.try_get_unchecked::<Uuid, _>(1)?),
+        offset,
+        message_type: row
+            .try_get_unchecked::<Option<&str>, _>(2)?
+            .map(|name| types.intern(name)),
+        key: row.try_get_unchecked::<Option<&str>, _>(3)?.map(Box::from),
+        key_hash,
+        headers: headers.map(|object| Box::new(Headers::from_json(object.0))),
+        content_type: row.try_get_unchecked::<Option<&str>, _>(5)?.map(Box::from),
+        payload: row.try_get_unchecked::<&[u8], _>(6)?.into(),
+        published_at: row.try_get_unchecked(7)?,
+    })
+}
+
+/// The types seen in a read, so that messages share their names.
+#[derive(Default)]
+struct Types(Vec<Arc<str>>);
+
+impl Types {
+    /// Types are few and come in runs, so the newest is looked at first.
+    fn intern(&mut self, name: &str) -> Arc<str> {
+        if let Some(known) = self.0.iter().rev().find(|known| known.as_ref() == name) {
+            return known.clone();
+        }
+        let name: Arc<str> = name.into();
+        if self.0.len() < 64 {
+            self.0.push(name.clone());
+        }
+        name
+    }
+}

@@ -1,0 +1,228 @@
+//! Publishing in a transaction.
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::future::Future;
+
+use sqlx::postgres::types::PgInterval;
+use sqlx::{PgConnection, Postgres, Transaction};
+use uuid::Uuid;
+
+use crate::error::{Error, Result};
+use crate::id::MessageId;
+use crate::outgoing::{DEFAULT_DEDUP_WINDOW, Outgoing, Valid};
+
+/// Publishes messages in a transaction: they are delivered if, and only if, it commits.
+///
+/// It exists for transactions only, so publishing outside of one does not compile:
+///
+/// ```no_run
+/// # use postbox::{Message, Outgoing, Publish};
+/// # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+/// let mut tx = pool.begin().await?;
+/// sqlx::query("UPDATE carts SET abandoned = true WHERE id = 42").execute(&mut *tx).await?;
+/// let id = tx.publish(Outgoing::json("carts", &serde_json::json!({"cart": 42})).key("42")).await?;
+/// tx.commit().await?;
+/// # Ok(()) }
+/// ```
+///
+/// Publishing is one append. It never waits for a dispatcher, a consumer or another publisher, except where
+/// [`ordered`](Outgoing::ordered) or [`dedup_key`](Outgoing::dedup_key) ask for it.
+///
+/// **Errors.** Bad input is refused before the database sees it ([`Error`] names the field and the limit), and the transaction
+/// stays usable. After [`Error::Database`] it is for the caller to roll back, as after any failed statement.
+///
+/// **Cancellation.** Dropping the future leaves the transaction as sqlx leaves it when any query is dropped: the statement
+/// may or may not have run, so roll back.
+pub trait Publish: Send {
+    /// The connection that the transaction is open on.
+    #[doc(hidden)]
+    fn transaction(&mut self) -> &mut PgConnection;
+
+    /// Publishes one message; returns its id. One round trip.
+    fn publish(&mut self, message: impl Into<Outgoing>) -> impl Future<Output = Result<MessageId>> + Send {
+        let valid = message.into().validate();
+        async move { publish_one(self.transaction(), valid?).await }
+    }
+
+    /// Publishes a batch in its order; returns the ids in the same order. One round trip for up to 10,000 messages and
+    /// 32 MiB, then one for each further so many.
+    ///
+    /// All are checked first: if one is refused ([`Error::InBatch`] says which), none is published.
+    fn publish_all<I>(&mut self, messages: I) -> impl Future<Output = Result<Vec<MessageId>>> + Send
+    where
+        I: IntoIterator,
+        I::Item: Into<Outgoing>,
+    {
+        let valid: Result<Vec<Valid>> = messages
+            .into_iter()
+            .enumerate()
+            .map(|(index, message)| {
+                let message: Outgoing = message.into();
+                message.validate().map_err(|source| Error::InBatch {
+                    index,
+                    source: Box::new(source),
+                })
+            })
+            .collect();
+        async move { publish_batch(self.transaction(), valid?).await }
+    }
+}
+
+impl Publish for Transaction<'_, Postgres> {
+    fn transaction(&mut self) -> &mut PgConnection {
+        self
+    }
+}
+
+/// The plain path: what any SQL client can write by hand.
+const INSERT: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload) \
+     VALUES ($1, $2, $3, $4, $5, $6, $7)";
+
+/// Rows take their seq in the order of the arrays, so a batch keeps its order.
+const INSERT_BATCH: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload) \
+     SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::text[], $7::bytea[])";
+
+/// Deduplication and the order lock live in SQL, so that every client has the same.
+const PUBLISH_EACH: &str = "SELECT postbox.publish_bytes(id => m.id, topic => m.topic, type => m.type, key => m.key, \
+         headers => m.headers, content_type => coalesce(m.content_type, 'application/json'), payload => m.payload, \
+         dedup_key => m.dedup_key, dedup_window => m.dedup_window) \
+     FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::text[], $7::bytea[], $8::text[], \
+         $9::interval[]) WITH ORDINALITY \
+         AS m (id, topic, type, key, headers, content_type, payload, dedup_key, dedup_window, n) \
+     ORDER BY m.n";
+
+/// In the order of the arrays, which the caller sorts, so that two batches cannot deadlock on these locks.
+const LOCK_KEYS: &str = "SELECT postbox.order_lock(k.topic, k.key) \
+     FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS k (topic, key, n) ORDER BY k.n";
+
+const BATCH_ROWS: usize = 10_000;
+const BATCH_BYTES: usize = 32 * 1024 * 1024;
+
+async fn publish_one(connection: &mut PgConnection, message: Valid) -> Result<MessageId> {
+    if message.ordered || message.dedup.is_some() {
+        let ids = publish_batch(connection, vec![message]).await?;
+        return Ok(ids[0]);
+    }
+    let id = message.id;
+    sqlx::query(INSERT)
+        .bind(id.as_uuid())
+        .bind(message.topic.as_ref())
+        .bind(message.message_type.as_deref())
+        .bind(message.key.as_deref())
+        .bind(message.headers)
+        .bind(message.content_type.as_deref())
+        .bind(message.payload)
+        .execute(connection)
+        .await?;
+    Ok(id)
+}
+
+async fn publish_batch(connection: &mut PgConnection, messages: Vec<Valid>) -> Result<Vec<MessageId>> {
+    lock_keys(connection, &messages).await?;
+    let mut ids = Vec::with_capacity(messages.len());
+    let mut rest = messages.into_iter().peekable();
+    while rest.peek().is_some() {
+        let mut bytes = 0;
+        let mut columns = Columns::default();
+        while let Some(message) = rest.next_if(|m| {
+            columns.ids.is_empty()
+                || (columns.ids.len() < BATCH_ROWS && bytes + m.payload.len() <= BATCH_BYTES)
+        }) {
+            bytes += message.payload.len();
+            columns.push(message);
+        }
+        columns.insert(connection, &mut ids).await?;
+    }
+    Ok(ids)
+}
+
+async fn lock_keys(connection: &mut PgConnection, messages: &[Valid]) -> Result<()> {
+    let keys: BTreeSet<(&str, Option<&str>)> = messages
+        .iter()
+        .filter(|m| m.ordered)
+        .map(|m| (m.topic.as_ref(), m.key.as_deref()))
+        .collect();
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let (topics, keys): (Vec<&str>, Vec<Option<&str>>) = keys.into_iter().unzip();
+    sqlx::query(LOCK_KEYS)
+        .bind(topics)
+        .bind(keys)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// A batch, column by column, as `unnest` takes it.
+#[derive(Default)]
+struct Columns {
+    ids: Vec<Uuid>,
+    topics: Vec<Cow<'static, str>>,
+    types: Vec<Option<Cow<'static, str>>>,
+    keys: Vec<Option<String>>,
+    headers: Vec<Option<serde_json::Value>>,
+    content_types: Vec<Option<Cow<'static, str>>>,
+    payloads: Vec<Vec<u8>>,
+    dedup_keys: Vec<Option<String>>,
+    dedup_windows: Vec<PgInterval>,
+    deduplicates: bool,
+}
+
+impl Columns {
+    fn push(&mut self, message: Valid) {
+        self.ids.push(message.id.as_uuid());
+        self.topics.push(message.topic);
+        self.types.push(message.message_type);
+        self.keys.push(message.key);
+        self.headers.push(message.headers);
+        self.content_types.push(message.content_type);
+        self.payloads.push(message.payload);
+        self.deduplicates |= message.dedup.is_some();
+        let window = message
+            .dedup
+            .as_ref()
+            .map_or(DEFAULT_DEDUP_WINDOW, |dedup| dedup.window);
+        self.dedup_keys.push(message.dedup.map(|dedup| dedup.key));
+        self.dedup_windows.push(PgInterval {
+            months: 0,
+            days: 0,
+            microseconds: i64::try_from(window.as_micros()).unwrap_or(i64::MAX),
+        });
+    }
+
+    async fn insert(self, connection: &mut PgConnection, ids: &mut Vec<MessageId>) -> Result<()> {
+        let types: Vec<Option<&str>> = self.types.iter().map(Option::as_deref).collect();
+        let content_types: Vec<Option<&str>> = self.content_types.iter().map(Option::as_deref).collect();
+        let topics: Vec<&str> = self.topics.iter().map(Cow::as_ref).collect();
+        if self.deduplicates {
+            let published: Vec<Uuid> = sqlx::query_scalar(PUBLISH_EACH)
+                .bind(&self.ids)
+                .bind(topics)
+                .bind(types)
+                .bind(&self.keys)
+                .bind(&self.headers)
+                .bind(content_types)
+                .bind(&self.payloads)
+                .bind(&self.dedup_keys)
+                .bind(&self.dedup_windows)
+                .fetch_all(connection)
+                .await?;
+            ids.extend(published.into_iter().map(MessageId::from));
+        } else {
+            sqlx::query(INSERT_BATCH)
+                .bind(&self.ids)
+                .bind(topics)
+                .bind(types)
+                .bind(&self.keys)
+                .bind(&self.headers)
+                .bind(content_types)
+                .bind(&self.payloads)
+                .execute(connection)
+                .await?;
+            ids.extend(self.ids.into_iter().map(MessageId::from));
+        }
+        Ok(())
+    }
+}
