@@ -5,16 +5,17 @@ use sqlx::PgPool;
 use crate::Error;
 
 pub(crate) async fn migrate(pool: &PgPool) -> Result<(), Error> {
-    sqlx::query("create schema postbox")
-        .execute(pool)
+    postbox::migrate(pool)
         .await
         .map(drop)
         .map_err(|source| Error::Migrate {
-            source: source.into(),
+            source: Box::new(source),
         })
 }
 
-/// Changes with the migrations. Letters and digits only, and short enough for a database's name.
+/// Changes with the migrations. Fit for the name of a database, which has at most 63 characters.
 pub(crate) fn fingerprint() -> String {
-    String::from("stub")
+    let fingerprint = postbox::schema_fingerprint();
+    let letters = fingerprint.chars().filter(char::is_ascii_alphanumeric).take(32);
+    letters.map(|letter| letter.to_ascii_lowercase()).collect()
 }

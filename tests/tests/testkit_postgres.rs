@@ -205,12 +205,13 @@ async fn the_shared_server_ends_after_its_last_user_and_a_broken_one_is_replaced
     let data = data_directory(&first.url).await;
     let server = postmaster(&data);
 
+    let home = data.parent().expect("its folder").to_owned();
     first.kill();
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    let first_user = home.join("users").join(first.child.id().to_string());
+    eventually(SOON, async || if first_user.exists() { Err("not noticed") } else { Ok(()) }).await;
     assert!(is_alive(server), "the second still uses it");
 
     // As after a crash of the machine: no server, no watchdog, but their files.
-    let home = data.parent().expect("its folder").to_owned();
     let watchdog = std::fs::read_to_string(home.join("watchdog")).expect("its number");
     kill_9(watchdog.trim().parse().expect("a number"));
     kill_9(server);
