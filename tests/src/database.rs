@@ -1,0 +1,253 @@
+//! Fresh databases.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
+
+use crate::template::{self, execute, is_plain};
+use crate::{Error, TestPostgres, processes, url};
+
+const PREFIX: &str = "postbox_test_";
+
+/// In a server that other machines may use, where processes' numbers say nothing.
+const OLD: Duration = Duration::from_secs(60 * 60);
+
+/// The default pool's size.
+const CONNECTIONS: u32 = 10;
+
+/// A database that nobody else uses, dropped with this value.
+///
+/// Dropping ends the database's sessions and waits until it is gone, some ten milliseconds. What killed
+/// tests leave is dropped by the next run (in the server of `DATABASE_URL`: when it is an hour old).
+///
+/// ```no_run
+/// # async fn a_test() -> Result<(), postbox_testkit::Error> {
+/// use postbox_testkit::TestDatabase;
+///
+/// let db = TestDatabase::new().await?;
+/// let mut listener = db.connect().await?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct TestDatabase {
+    pool: PgPool,
+    options: PgConnectOptions,
+    url: String,
+    name: String,
+    server: TestPostgres,
+}
+
+impl TestDatabase {
+    /// A database with Postbox's schema, in the [shared](TestPostgres::shared) server.
+    ///
+    /// It is a copy of a template that is migrated once for each version of the schema.
+    ///
+    /// # Errors
+    /// Where no server can be had, with all that was tried; where the schema cannot be created.
+    pub async fn new() -> Result<Self, Error> {
+        TestPostgres::shared().await?.database().await
+    }
+
+    /// A database without a schema, in the [shared](TestPostgres::shared) server.
+    ///
+    /// # Errors
+    /// Where no server can be had, with all that was tried.
+    pub async fn empty() -> Result<Self, Error> {
+        TestPostgres::shared().await?.empty_database().await
+    }
+
+    pub(crate) async fn migrated_in(server: TestPostgres) -> Result<Self, Error> {
+        let mut connection = enter(&server).await?;
+        let template = template::ensure(&mut connection, server.url()).await?;
+        let name = fresh_name();
+        let copy = format!("create database {name} template {template}");
+        if let Err(error) = execute(&mut connection, copy.clone()).await {
+            // A process with other migrations may have dropped the template just now.
+            let is_gone = matches!(&error, Error::Sql { source: sqlx::Error::Database(cause), .. }
+                if cause.code().as_deref() == Some("3D000"));
+            if !is_gone {
+                return Err(error);
+            }
+            template::ensure(&mut connection, server.url()).await?;
+            execute(&mut connection, copy).await?;
+        }
+        Self::open(server, connection, name).await
+    }
+
+    pub(crate) async fn empty_in(server: TestPostgres) -> Result<Self, Error> {
+        let mut connection = enter(&server).await?;
+        let name = fresh_name();
+        execute(&mut connection, format!("create database {name}")).await?;
+        Self::open(server, connection, name).await
+    }
+
+    async fn open(server: TestPostgres, connection: PgConnection, name: String) -> Result<Self, Error> {
+        let _ = connection.close().await;
+        let url = url::with_database(server.url(), &name);
+        let options: PgConnectOptions = url.parse().map_err(Error::sql(format!("connect to {name}")))?;
+        let pool = PgPoolOptions::new()
+            .max_connections(CONNECTIONS)
+            .connect_lazy_with(options.clone());
+        Ok(Self {
+            pool,
+            options,
+            url,
+            name,
+            server,
+        })
+    }
+
+    /// A pool of up to ten connections, opened when needed.
+    pub fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    /// A further pool, of up to `max` connections, opened when needed.
+    pub fn connect_pool(&self, max: u32) -> PgPool {
+        PgPoolOptions::new()
+            .max_connections(max)
+            .connect_lazy_with(self.options.clone())
+    }
+
+    /// A connection outside the pools.
+    ///
+    /// # Errors
+    /// Where the server does not run or takes no more connections.
+    pub async fn connect(&self) -> Result<PgConnection, Error> {
+        self.options
+            .connect()
+            .await
+            .map_err(Error::sql(format!("connect to {}", self.name)))
+    }
+
+    /// For programs and libraries that connect by themselves.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The database's name. It needs no quotes in SQL.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The server that the database is in.
+    pub fn server(&self) -> &TestPostgres {
+        &self.server
+    }
+}
+
+impl Drop for TestDatabase {
+    fn drop(&mut self) {
+        let (server, name) = (self.server.url().to_owned(), self.name.clone());
+        // A thread, because nobody awaits a drop, and the test's own runtime may be ending.
+        let thread = std::thread::spawn(move || drop_database(&server, &name));
+        let _ = thread.join();
+    }
+}
+
+/// As well as it goes: a stopped server has other ways to lose its data.
+fn drop_database(server_url: &str, name: &str) {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+        return;
+    };
+    let work = async {
+        let mut connection = PgConnection::connect(server_url).await?;
+        let dropped = execute(
+            &mut connection,
+            format!("drop database if exists {name} with (force)"),
+        )
+        .await;
+        if let Err(error) = dropped {
+            tracing::debug!(%error, "left for the next run");
+        }
+        connection.close().await
+    };
+    let _ = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), work).await });
+}
+
+/// A connection to the maintenance database; the first one of the process cleans up there.
+async fn enter(server: &TestPostgres) -> Result<PgConnection, Error> {
+    let mut connection = PgConnection::connect(server.url())
+        .await
+        .map_err(Error::sql("connect to the server"))?;
+    if is_first_visit(server) {
+        drop_leftovers(server, &mut connection).await?;
+    }
+    Ok(connection)
+}
+
+fn is_first_visit(server: &TestPostgres) -> bool {
+    static VISITED: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+    let mut visited = VISITED.lock().unwrap_or_else(PoisonError::into_inner);
+    visited.get_or_insert_default().insert(server.url().to_owned())
+}
+
+async fn drop_leftovers(server: &TestPostgres, connection: &mut PgConnection) -> Result<(), Error> {
+    let names: Vec<String> =
+        sqlx::query_scalar("select datname from pg_database where starts_with(datname, $1)")
+            .bind(PREFIX)
+            .fetch_all(&mut *connection)
+            .await
+            .map_err(Error::sql("look for databases of former tests"))?;
+    for name in names
+        .iter()
+        .filter(|name| is_leftover(name, server.is_of_this_machine()))
+    {
+        // Another process may be faster, or the database another user's.
+        let _ = execute(connection, format!("drop database if exists {name} with (force)")).await;
+    }
+    Ok(())
+}
+
+fn is_leftover(name: &str, of_this_machine: bool) -> bool {
+    let Some(parts) = name.strip_prefix(PREFIX).filter(|_| is_plain(name)) else {
+        return false;
+    };
+    let numbers: Option<Vec<u64>> = parts.split('_').map(|part| part.parse().ok()).collect();
+    let Some([pid, time, _]) = numbers.as_deref() else {
+        return false;
+    };
+    if of_this_machine {
+        return u32::try_from(*pid).is_ok_and(|pid| !processes::alive(pid));
+    }
+    unix_seconds().saturating_sub(*time) > OLD.as_secs()
+}
+
+/// `postbox_test_<process>_<unix time>_<count>`.
+fn fresh_name() -> String {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("{PREFIX}{}_{}_{count}", std::process::id(), unix_seconds())
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_databases_of_ended_processes_are_leftovers() {
+        assert!(!is_leftover(&fresh_name(), true));
+        assert!(is_leftover("postbox_test_4194305_1_0", true));
+        assert!(!is_leftover("postbox_test_mine", true));
+    }
+
+    #[test]
+    fn where_processes_are_unknown_only_old_databases_are_leftovers() {
+        assert!(!is_leftover(&fresh_name(), false));
+        assert!(is_leftover(
+            &format!("{PREFIX}1_{}_0", unix_seconds() - 3_700),
+            false
+        ));
+    }
+}

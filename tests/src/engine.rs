@@ -1,0 +1,76 @@
+//! A server of ours, whatever it runs in. All calls block.
+
+use crate::Error;
+use crate::cluster::{Cluster, Stop};
+#[cfg(feature = "docker")]
+use crate::container::Container;
+use crate::provision::Provision;
+use crate::rundir::RunDir;
+
+#[derive(Debug)]
+pub(crate) enum Engine {
+    Cluster(Cluster),
+    #[cfg(feature = "docker")]
+    Container(Container),
+}
+
+impl Engine {
+    /// On return the server takes connections.
+    pub(crate) fn create(
+        provision: Provision,
+        dir: RunDir,
+        settings: Vec<(String, String)>,
+    ) -> Result<Self, Error> {
+        match provision {
+            Provision::Binaries(binaries, account) => {
+                Cluster::create(binaries, account, dir, settings).map(Self::Cluster)
+            }
+            #[cfg(feature = "docker")]
+            Provision::Container(major) => Container::create(major, &dir, &settings).map(Self::Container),
+        }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        match self {
+            Self::Cluster(cluster) => cluster.url(),
+            #[cfg(feature = "docker")]
+            Self::Container(container) => container.url(),
+        }
+    }
+
+    pub(crate) fn start(&mut self) -> Result<(), Error> {
+        match self {
+            Self::Cluster(cluster) => cluster.start(),
+            #[cfg(feature = "docker")]
+            Self::Container(container) => container.start(),
+        }
+    }
+
+    pub(crate) fn stop(&mut self, how: Stop) -> Result<(), Error> {
+        match self {
+            Self::Cluster(cluster) => cluster.stop(how),
+            #[cfg(feature = "docker")]
+            Self::Container(container) => container.stop(how),
+        }
+    }
+
+    pub(crate) fn kill(&mut self) -> Result<(), Error> {
+        match self {
+            Self::Cluster(cluster) => {
+                cluster.kill();
+                Ok(())
+            }
+            #[cfg(feature = "docker")]
+            Self::Container(container) => container.stop(Stop::Immediate),
+        }
+    }
+
+    /// The server outlives this process; its watchdog ends it.
+    pub(crate) fn leave(self) {
+        match self {
+            Self::Cluster(cluster) => cluster.leave(),
+            #[cfg(feature = "docker")]
+            Self::Container(_) => {}
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The database with Postbox's schema that test databases are copies of.
+//!
+//! Its name has the fingerprint of the migrations, so that it is made anew when they change.
+
+use sqlx::postgres::PgPoolOptions;
+use sqlx::{AssertSqlSafe, PgConnection};
+
+use crate::{Error, schema, url};
+
+const PREFIX: &str = "postbox_template_";
+
+/// Any number that other users of advisory locks in the maintenance database hardly use: "postbox" in ASCII.
+pub(crate) const LOCK: i64 = 0x0070_6f73_7462_6f78;
+
+/// The template's name. It is there on return.
+pub(crate) async fn ensure(connection: &mut PgConnection, server_url: &str) -> Result<String, Error> {
+    let name = format!("{PREFIX}{}", schema::fingerprint());
+    if exists(connection, &name).await? {
+        return Ok(name);
+    }
+    // One process makes it, the others wait.
+    lock(connection, "select pg_advisory_lock($1)").await?;
+    let made = make(connection, server_url, &name).await;
+    lock(connection, "select pg_advisory_unlock($1)").await?;
+    made.map(|()| name)
+}
+
+async fn make(connection: &mut PgConnection, server_url: &str, name: &str) -> Result<(), Error> {
+    if exists(connection, name).await? {
+        return Ok(());
+    }
+    drop_others(connection, name).await?;
+    // It gets its name when it is complete. A process that died here leaves the other name.
+    let draft = format!("{name}_draft");
+    execute(
+        connection,
+        format!("drop database if exists {draft} with (force)"),
+    )
+    .await?;
+    execute(connection, format!("create database {draft}")).await?;
+    let pool = PgPoolOptions::new()
+        .max_connections(2)
+        .connect(&url::with_database(server_url, &draft))
+        .await
+        .map_err(Error::sql(format!("connect to {draft}")))?;
+    let migrated = schema::migrate(&pool).await;
+    pool.close().await;
+    migrated?;
+    // A database that others are connected to cannot be copied, so nobody may be.
+    execute(
+        connection,
+        format!("alter database {draft} with allow_connections false"),
+    )
+    .await?;
+    execute(connection, format!("alter database {draft} rename to {name}")).await
+}
+
+/// Those of former migrations. Another checkout that still needs one makes it again.
+async fn drop_others(connection: &mut PgConnection, name: &str) -> Result<(), Error> {
+    let others: Vec<String> = sqlx::query_scalar(
+        "select datname from pg_database where starts_with(datname, $1) and not starts_with(datname, $2)",
+    )
+    .bind(PREFIX)
+    .bind(name)
+    .fetch_all(&mut *connection)
+    .await
+    .map_err(Error::sql("look for templates"))?;
+    for other in others.iter().filter(|other| is_plain(other)) {
+        execute(
+            connection,
+            format!("drop database if exists {other} with (force)"),
+        )
+        .await?;
+    }
+    Ok(())
+}
+
+/// Needs no quotes in SQL. Names that we give are; others in the user's server may not be.
+pub(crate) fn is_plain(name: &str) -> bool {
+    name.chars()
+        .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+}
+
+async fn exists(connection: &mut PgConnection, name: &str) -> Result<bool, Error> {
+    sqlx::query_scalar("select exists (select from pg_database where datname = $1)")
+        .bind(name)
+        .fetch_one(connection)
+        .await
+        .map_err(Error::sql("look for the template database"))
+}
+
+async fn lock(connection: &mut PgConnection, sql: &'static str) -> Result<(), Error> {
+    sqlx::query(sql)
+        .bind(LOCK)
+        .execute(connection)
+        .await
+        .map(drop)
+        .map_err(Error::sql("lock the making of the template database"))
+}
+
+/// Of commands with a name of ours, which cannot be a parameter.
+pub(crate) async fn execute(connection: &mut PgConnection, sql: String) -> Result<(), Error> {
+    let what = sql.clone();
+    sqlx::raw_sql(AssertSqlSafe(sql))
+        .execute(connection)
+        .await
+        .map(drop)
+        .map_err(Error::sql(what))
+}
