@@ -8,13 +8,13 @@ use uuid::Uuid;
 
 /// One offset of a topic.
 #[derive(Clone, Debug, sqlx::FromRow)]
-pub struct Entry {
-    pub offset: i64,
-    pub id: Option<Uuid>,
-    pub seq: i64,
-    pub slot: i16,
-    pub base: i64,
-    pub payload: Option<Vec<u8>>,
+pub(crate) struct Entry {
+    pub(crate) offset: i64,
+    pub(crate) id: Option<Uuid>,
+    pub(crate) seq: i64,
+    pub(crate) slot: i16,
+    pub(crate) base: i64,
+    pub(crate) payload: Option<Vec<u8>>,
     is_hashed_right: bool,
     is_counted_right: bool,
 }
@@ -22,7 +22,7 @@ pub struct Entry {
 impl Entry {
     /// The payload, of messages that are published as JSON texts.
     #[allow(dead_code)]
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let payload = self.payload.as_deref().expect("its row");
         serde_json::from_slice(payload).expect("a JSON text")
     }
@@ -42,7 +42,7 @@ const ENTRIES: &str = "SELECT s.base + a.n - 1 AS \"offset\", o.id, a.seq, s.slo
 ///
 /// Panics unless they are 0, 1, 2, … without gap or double, each with a message of its own of this topic,
 /// in the segment's slot and with the hash of its key.
-pub async fn entries(pool: &PgPool, topic: &str) -> Vec<Entry> {
+pub(crate) async fn entries(pool: &PgPool, topic: &str) -> Vec<Entry> {
     let entries: Vec<Entry> = sqlx::query_as(ENTRIES)
         .bind(topic)
         .fetch_all(pool)
@@ -61,7 +61,7 @@ pub async fn entries(pool: &PgPool, topic: &str) -> Vec<Entry> {
 
 /// As [`entries`], and every message of the topic that is committed is among them.
 #[allow(dead_code)]
-pub async fn complete(db: &TestDatabase, topic: &str) -> Vec<Entry> {
+pub(crate) async fn complete(db: &TestDatabase, topic: &str) -> Vec<Entry> {
     let entries = entries(db.pool(), topic).await;
     let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.outbox WHERE topic = $1")
         .bind(topic)
@@ -74,7 +74,7 @@ pub async fn complete(db: &TestDatabase, topic: &str) -> Vec<Entry> {
 
 /// Takes a step of the sequencer; returns how many messages got an offset.
 #[allow(dead_code)]
-pub async fn step(executor: impl sqlx::PgExecutor<'_>) -> i64 {
+pub(crate) async fn step(executor: impl sqlx::PgExecutor<'_>) -> i64 {
     sqlx::query_scalar("SELECT coalesce(sum(messages), 0)::bigint FROM postbox.sequence()")
         .fetch_one(executor)
         .await

@@ -4,14 +4,14 @@ use postbox_testkit::TestDatabase;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, PgPool};
 
-pub struct Role {
-    pub name: String,
+pub(crate) struct Role {
+    pub(crate) name: String,
     /// What it does, it does here.
-    pub pool: PgPool,
+    pub(crate) pool: PgPool,
 }
 
 impl Role {
-    pub async fn new(db: &TestDatabase) -> Self {
+    pub(crate) async fn new(db: &TestDatabase) -> Self {
         let name = format!("role_{}", db.name());
         run(db, format!("CREATE ROLE {name}")).await;
         let options: PgConnectOptions = db.url().parse().expect("the URL of the database");
@@ -22,7 +22,7 @@ impl Role {
     }
 
     /// Roles belong to the server, so they do not go with the database.
-    pub async fn drop(self, db: &TestDatabase) {
+    pub(crate) async fn drop(self, db: &TestDatabase) {
         self.pool.close().await;
         run(db, format!("DROP OWNED BY {0}; DROP ROLE {0}", self.name)).await;
     }
