@@ -11,9 +11,6 @@ use uuid::Uuid;
 pub(crate) struct Entry {
     pub(crate) offset: i64,
     pub(crate) id: Option<Uuid>,
-    pub(crate) seq: i64,
-    pub(crate) slot: i16,
-    pub(crate) base: i64,
     pub(crate) payload: Option<Vec<u8>>,
     is_hashed_right: bool,
     is_counted_right: bool,
@@ -29,7 +26,7 @@ impl Entry {
 }
 
 /// Each offset with the row that its segment points at.
-const ENTRIES: &str = "SELECT s.base + a.n - 1 AS \"offset\", o.id, a.seq, s.slot, s.base, o.payload, \
+const ENTRIES: &str = "SELECT s.base + a.n - 1 AS \"offset\", o.id, o.payload, \
          s.keys[a.n] IS NOT DISTINCT FROM postbox.key_hash(o.key) AS is_hashed_right, \
          s.count BETWEEN 1 AND 1024 AND s.count = cardinality(s.xids) AND s.count = cardinality(s.seqs) \
              AND s.count = coalesce(cardinality(s.keys), s.count) AS is_counted_right \
