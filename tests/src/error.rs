@@ -1,11 +1,14 @@
 //! What can go wrong before a test has its database, and what to do about it.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use crate::version::Major;
 
 /// Why there is no server or no database.
-#[derive(Debug, thiserror::Error)]
+///
+/// Its `Debug` is its message, because tests `unwrap` it.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// No rule gave a server.
@@ -145,6 +148,12 @@ pub enum Error {
         /// The cause.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl Error {

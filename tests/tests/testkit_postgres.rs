@@ -208,7 +208,14 @@ async fn the_shared_server_ends_after_its_last_user_and_a_broken_one_is_replaced
     let home = data.parent().expect("its folder").to_owned();
     first.kill();
     let first_user = home.join("users").join(first.child.id().to_string());
-    eventually(SOON, async || if first_user.exists() { Err("not noticed") } else { Ok(()) }).await;
+    eventually(SOON, async || {
+        if first_user.exists() {
+            Err("not noticed")
+        } else {
+            Ok(())
+        }
+    })
+    .await;
     assert!(is_alive(server), "the second still uses it");
 
     // As after a crash of the machine: no server, no watchdog, but their files.
@@ -222,6 +229,27 @@ async fn the_shared_server_ends_after_its_last_user_and_a_broken_one_is_replaced
     assert!(is_alive(server));
 
     third.kill();
+    gone(&data, server, Duration::from_secs(30)).await;
+}
+
+#[tokio::test]
+async fn a_database_of_a_killed_process_is_dropped_by_the_next() {
+    let place = Place::new("leftovers");
+    let mut killed = Process::start("database", Some(&place.0));
+    let data = data_directory(&killed.url).await;
+    let server = postmaster(&data);
+    killed.kill();
+    let mut next = Process::start("database", Some(&place.0));
+    let mut connection = PgConnection::connect(&next.url).await.expect("connect");
+    let databases: Vec<String> =
+        sqlx::query_scalar("select datname from pg_database where starts_with(datname, 'postbox_test_')")
+            .fetch_all(&mut connection)
+            .await
+            .expect("the catalogue");
+    assert_eq!(databases.len(), 1, "{databases:?}");
+    assert!(next.url.contains(&databases[0]), "{databases:?}");
+    drop(connection);
+    next.kill();
     gone(&data, server, Duration::from_secs(30)).await;
 }
 
@@ -266,12 +294,19 @@ async fn a_version_that_nobody_has_is_an_error_that_says_what_to_do() {
 #[tokio::test]
 #[ignore = "a part of other tests"]
 async fn process_with_a_server() {
-    let Ok(role) = std::env::var(ROLE) else { return };
+    let role = std::env::var(ROLE).unwrap_or_default();
+    let database;
     let server = match role.as_str() {
-        "private" => TestPostgres::private().await,
-        _ => TestPostgres::shared().await,
-    }
-    .expect("a server");
+        "private" => TestPostgres::private().await.expect("a server"),
+        "shared" => TestPostgres::shared().await.expect("a server"),
+        "database" => {
+            database = TestDatabase::empty().await.expect("a database");
+            println!("\nurl={}", database.url());
+            return std::future::pending().await;
+        }
+        // Run by somebody who runs all ignored tests.
+        _ => return,
+    };
     println!("\nurl={}", server.url());
     std::future::pending::<()>().await;
 }
