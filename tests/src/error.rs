@@ -14,7 +14,7 @@ pub enum Error {
     /// No rule gave a server.
     #[error(
         "no PostgreSQL for the tests: {tried}. Do one of: set DATABASE_URL to a server where databases may be \
-         created; install PostgreSQL {wanted} (Debian and Ubuntu: `apt-get install postgresql`, Fedora: `dnf \
+         created (tests that stop their server need more); install PostgreSQL {wanted} (Debian and Ubuntu: `apt-get install postgresql`, Fedora: `dnf \
          install postgresql-server`, macOS: `brew install postgresql@18`); install npm, through which the \
          binaries are then fetched; or run Docker and build with the cargo feature `docker`"
     )]

@@ -218,10 +218,18 @@ async fn the_shared_server_ends_after_its_last_user_and_a_broken_one_is_replaced
     .await;
     assert!(is_alive(server), "the second still uses it");
 
-    // As after a crash of the machine: no server, no watchdog, but their files.
+    // As after a crash of the machine: no server, no watchdog, but their files. The server may tidy up the
+    // shared memory, which such a crash would have lost, and gets its lock file back.
     let watchdog = std::fs::read_to_string(home.join("watchdog")).expect("its number");
-    kill_9(watchdog.trim().parse().expect("a number"));
-    kill_9(server);
+    let lock = std::fs::read(data.join("postmaster.pid")).expect("the server's lock file");
+    kill("-KILL", watchdog.trim().parse().expect("a number"));
+    kill("-QUIT", server);
+    eventually(
+        SOON,
+        async || if is_alive(server) { Err("alive") } else { Ok(()) },
+    )
+    .await;
+    std::fs::write(data.join("postmaster.pid"), lock).expect("the lock file");
     second.kill();
     let mut third = Process::start("shared", Some(&place.0));
     let data = data_directory(&third.url).await;
@@ -416,10 +424,10 @@ fn is_alive(pid: u32) -> bool {
     !state.trim().is_empty() && !state.trim().starts_with('Z')
 }
 
-fn kill_9(pid: u32) {
+fn kill(signal: &str, pid: u32) {
     assert!(
         Command::new("kill")
-            .args(["-9", &pid.to_string()])
+            .args([signal, &pid.to_string()])
             .status()
             .expect("kill")
             .success()
