@@ -16,13 +16,21 @@ pub(crate) struct Block {
 /// What is known of one offset.
 pub(crate) enum Entry {
     Message(StoredMessage),
-    /// Nobody in this process wanted it when the block was read.
-    Unread,
-    /// Its row is no longer there.
-    Gone,
+    /// Nobody in this process wanted it when the block was read; the hash of its key.
+    Unread(Option<i32>),
+    /// Its row is no longer there; the hash of its key.
+    Gone(Option<i32>),
 }
 
 impl Block {
+    /// The hash of the key of the entry at `index`.
+    pub(crate) fn key_hash(&self, index: usize) -> Option<i32> {
+        match &self.entries[index] {
+            Entry::Message(message) => message.key_hash,
+            Entry::Unread(key) | Entry::Gone(key) => *key,
+        }
+    }
+
     /// One past the last offset.
     pub(crate) fn end(&self) -> i64 {
         self.base + self.entries.len() as i64
@@ -46,7 +54,7 @@ impl Record {
     pub(crate) fn message(&self) -> &StoredMessage {
         match &self.block.entries[self.index as usize] {
             Entry::Message(message) => message,
-            Entry::Unread | Entry::Gone => unreachable!("a record is only made of a message"),
+            Entry::Unread(_) | Entry::Gone(_) => unreachable!("a record is only made of a message"),
         }
     }
 }

@@ -1,11 +1,53 @@
-//! Consumer groups for Postbox.
+//! Consumer groups for Postbox: handlers of messages that were published with the `postbox` crate.
+//!
+//! - A **group** gets every message of the topics that its handlers take, once for the group; its instances share the work.
+//! - Messages of one **key** are handled one after another, in their order; different keys run beside each other.
+//! - A handler that asks for [`Tx`] has its effect **exactly once**: its writes and the acknowledgement commit together. Any other
+//!   handler runs **at least once**: after a crash some messages come again.
+//! - A **broadcast** gets every message on every instance.
+//!
+//! ```no_run
+//! use postbox::{Message, Publish};
+//! use postbox_consumer::{Consumer, HandlerError, Tx, handler, handlers};
+//! use serde::{Deserialize, Serialize};
+//!
+//! #[derive(Serialize, Deserialize, Message)]
+//! #[message(topic = "orders", type = "order.placed", key = order_id)]
+//! struct OrderPlaced { order_id: i64 }
+//!
+//! #[handler(group = "inventory")]
+//! async fn reserve_stock(order: OrderPlaced, mut tx: Tx) -> Result<(), HandlerError> {
+//!     sqlx::query("INSERT INTO reservation (order_id) VALUES ($1)").bind(order.order_id).execute(&mut *tx).await?;
+//!     Ok(())
+//! }
+//!
+//! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! let consumer = Consumer::new(pool).handlers(handlers![reserve_stock]).start().await?;
+//! // …
+//! consumer.shutdown().await?;
+//! # Ok(()) }
+//! ```
 
 mod block;
+mod consumer;
+mod error;
+mod executor;
 mod extract;
 mod handler;
+mod lane;
+mod process;
+mod progress;
+mod replay;
 mod retry;
+mod router;
+mod session;
+mod settlement;
 mod state;
+mod subscription;
+mod topic_log;
 
+pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats, UnknownType};
+pub use error::Error;
 pub use extract::{Delivery, Extract, Invocation, Json, Raw, State, Tx};
 pub use handler::{
     BoxFuture, DEFAULT_TIMEOUT, DefineHandler, HandlerDefinition, HandlerError, IntoOutcome, Order, Outcome, Start,

@@ -1,1 +1,21 @@
-//! Under construction.
+//! The Postbox dispatcher: puts committed messages in order and wakes their consumers.
+//!
+//! Run it beside the services (`postbox run`), or inside one:
+//!
+//! ```no_run
+//! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! let dispatcher = postbox_dispatcher::Dispatcher::new(pool).start().await?;
+//! // …
+//! dispatcher.shutdown().await;
+//! # Ok(()) }
+//! ```
+//!
+//! Any number may run at once; none is the leader, and losing one loses nothing. Publishing needs none: while no dispatcher runs, messages wait in the
+//! outbox.
+
+mod dispatcher;
+mod expiry;
+mod sequencer;
+pub mod status;
+
+pub use dispatcher::{Dispatcher, DispatcherHandle};

@@ -46,7 +46,5 @@ pub use schema::{SCHEMA_VERSION, check_schema, migrate, schema_fingerprint};
 
 /// What the derive macro expands to; not for use by hand.
 #[doc(hidden)]
-pub mod __private {
-    pub use serde;
-    pub use serde_json;
-}
+#[path = "private.rs"]
+pub mod __private;

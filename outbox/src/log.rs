@@ -69,6 +69,8 @@ pub struct StoredMessage {
     pub id: MessageId,
     /// Its place in the topic.
     pub offset: Offset,
+    /// Its insertion number, unique over all topics.
+    pub seq: i64,
     /// Message type, if it has one.
     pub message_type: Option<Arc<str>>,
     /// Ordering key, if it has one.
@@ -125,8 +127,8 @@ pub async fn next_offset(connection: &mut PgConnection, topic: &str) -> Result<O
     Ok(Offset::new(next))
 }
 
-/// The messages of consecutive offsets from `from` to before `to`, all of which must be in `segments`; an element is `None` where the
-/// row is gone.
+/// The messages of consecutive offsets from `from` to before `to`, all of which must be in `segments`; an element is `None` where
+/// the message is not wanted (`wanted` is asked with the offset and the hash of the key) or its row is gone.
 ///
 /// Where the wanted rows are dense in the index they are read as one range, else by address.
 pub async fn messages(
@@ -135,21 +137,22 @@ pub async fn messages(
     segments: &[Segment],
     from: Offset,
     to: Offset,
+    wanted: impl Fn(Offset, Option<i32>) -> bool,
 ) -> Result<Vec<Option<StoredMessage>>> {
-    let mut found = Vec::with_capacity((to.get() - from.get()).max(0) as usize);
     // Consecutive segments of one slot are one request.
-    let mut rest = segments
-        .iter()
-        .filter(|s| s.end() > from && s.base() < to)
-        .peekable();
-    let mut types = Types::default();
-    while let Some(first) = rest.next() {
-        let mut wanted = Wanted::new(first.slot);
-        wanted.extend(first, from, to);
-        while let Some(next) = rest.next_if(|next| next.slot == first.slot) {
-            wanted.extend(next, from, to);
+    let mut requests: Vec<Request> = Vec::new();
+    for segment in segments.iter().filter(|segment| segment.end() > from && segment.base() < to) {
+        if requests.last().is_none_or(|request| request.slot != segment.slot) {
+            requests.push(Request::new(segment.slot, segment.base.max(from.get())));
         }
-        wanted.fetch(connection, topic, &mut types, &mut found).await?;
+        if let Some(request) = requests.last_mut() {
+            request.extend(segment, to, &wanted);
+        }
+    }
+    let mut found = Vec::with_capacity((to.get() - from.get()).max(0) as usize);
+    let mut types = Types::default();
+    for request in requests {
+        request.fetch(connection, topic, &mut types, &mut found).await?;
     }
     Ok(found)
 }
@@ -160,9 +163,11 @@ struct Address {
     seq: i64,
 }
 
-/// The rows to read of one slot, in the order of their offsets.
-struct Wanted {
+/// The rows to read of one slot.
+struct Request {
     slot: i16,
+    from: i64,
+    to: i64,
     entries: Vec<(Address, Offset, Option<i32>)>,
 }
 
@@ -174,19 +179,19 @@ const BY_ADDRESS: &str = "SELECT o.seq, o.id, o.type, o.key, o.headers, o.conten
      FROM unnest($2::xid8[], $3::bigint[]) AS a (xid, seq) \
      JOIN postbox.outbox o ON o.xid = a.xid AND o.seq = a.seq WHERE o.slot = $1";
 
-impl Wanted {
-    fn new(slot: i16) -> Self {
-        Self {
-            slot,
-            entries: Vec::new(),
-        }
+impl Request {
+    fn new(slot: i16, from: i64) -> Self {
+        Self { slot, from, to: from, entries: Vec::new() }
     }
 
-    fn extend(&mut self, segment: &Segment, from: Offset, to: Offset) {
-        for offset in segment.base.max(from.get())..segment.end().get().min(to.get()) {
-            let offset = Offset::new(offset);
-            self.entries
-                .push((segment.address(offset.get()), offset, segment.key_hash(offset)));
+    fn extend(&mut self, segment: &Segment, to: Offset, wanted: impl Fn(Offset, Option<i32>) -> bool) {
+        let from = segment.base.max(self.from);
+        self.to = segment.end().get().min(to.get());
+        for offset in (from..self.to).map(Offset::new) {
+            let key_hash = segment.key_hash(offset);
+            if wanted(offset, key_hash) {
+                self.entries.push((segment.address(offset.get()), offset, key_hash));
+            }
         }
     }
 
@@ -206,7 +211,10 @@ impl Wanted {
             .collect();
         places.sort_unstable();
         let start = found.len();
-        found.resize_with(start + self.entries.len(), || None);
+        found.resize_with(start + (self.to - self.from) as usize, || None);
+        if self.entries.is_empty() {
+            return Ok(());
+        }
         let rows = match self.dense_range() {
             Some((low, high)) => {
                 sqlx::query(RANGE)
@@ -233,9 +241,9 @@ impl Wanted {
         for row in &rows {
             let seq: i64 = row.try_get_unchecked(0)?;
             if let Ok(place) = places.binary_search_by_key(&seq, |place| place.0) {
-                let n = places[place].1;
-                let (_, offset, key_hash) = self.entries[n];
-                found[start + n] = Some(decode(row, offset, key_hash, types)?);
+                let (_, offset, key_hash) = self.entries[places[place].1];
+                let n = start + (offset.get() - self.from) as usize;
+                found[n] = Some(decode(row, seq, offset, key_hash, types)?);
             }
         }
         Ok(())
@@ -262,11 +270,12 @@ impl Wanted {
     }
 }
 
-fn decode(row: &PgRow, offset: Offset, key_hash: Option<i32>, types: &mut Types) -> Result<StoredMessage> {
+fn decode(row: &PgRow, seq: i64, offset: Offset, key_hash: Option<i32>, types: &mut Types) -> Result<StoredMessage> {
     let headers: Option<sqlx::types::Json<serde_json::Map<String, Value>>> = row.try_get_unchecked(4)?;
     Ok(StoredMessage {
         id: MessageId::from(row.try_get_unchecked::<Uuid, _>(1)?),
         offset,
+        seq,
         message_type: row
             .try_get_unchecked::<Option<&str>, _>(2)?
             .map(|name| types.intern(name)),

@@ -1,0 +1,589 @@
+//! A session: one connection by which this instance is alive, owns lanes, and records how far it came.
+//!
+//! Everything that depends on being the owner goes through this connection or is checked against its lock, so what is not known to
+//! be lost is still true: if the server restarted, the connection is gone. See ARCHITECTURE.md, "Ownership".
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use sqlx::PgPool;
+use sqlx::postgres::{PgListener, PgPoolOptions};
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::error::Error;
+use crate::executor::{Command, Event, Executor, Membership};
+use crate::lane::{LaneRow, OwnedLane, plan};
+use crate::process::Process;
+use crate::progress::{Lease, Progress, Snapshot};
+use crate::subscription::Kind;
+
+/// How often members and lanes are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// For how long the lock of an instance must be seen missing before its lanes are taken: an instance that lost its connection stops its
+/// handlers within this time, so no key runs in two places.
+const GRACE_WITHOUT_LOCK: Duration = Duration::from_secs(1);
+/// Every how many looks the topics' heads are read, in case a notification was lost.
+const HEADS_EVERY: u32 = 2;
+/// Least time between two checkpoints.
+const CHECKPOINT_EVERY: Duration = Duration::from_millis(20);
+/// A statement of the session that takes longer means that the connection is dead.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(4);
+
+pub(crate) struct Session {
+    id: i32,
+    /// Holds the session's one connection; closing it ends the session.
+    pool: PgPool,
+    listener: PgListener,
+    lease: Arc<Lease>,
+    lease_span: Duration,
+    heartbeat_at: Instant,
+    services: Vec<Service>,
+    dirty: Arc<Notify>,
+    events: mpsc::UnboundedReceiver<Event>,
+    unlocked_since: HashMap<i32, Instant>,
+    looks: u32,
+    checkpointed: Instant,
+    former: HashSet<i32>,
+}
+
+/// A subscription with its executor.
+struct Service {
+    id: i32,
+    lanes: u16,
+    commands: mpsc::UnboundedSender<Command>,
+    progress: Arc<Progress>,
+    task: JoinHandle<()>,
+    /// Lanes owned, with their epochs.
+    owned: HashMap<u16, i32>,
+}
+
+pub(crate) enum Ended {
+    /// As it was told to.
+    Stopped,
+    /// The connection, the lease or the registration was lost.
+    Lost(String),
+}
+
+const REGISTER: &str = "INSERT INTO postbox.consumer (name, pid, subscriptions, lease) \
+     VALUES ($1, $2, $3, make_interval(secs => $4)) RETURNING id";
+
+/// Exclusive on the instance's own lock: it is alive. Shared on the bell: it wants to be woken.
+const LOCK: &str = "SELECT pg_advisory_lock(1347571763, $1), pg_advisory_lock_shared(1347571761, 3)";
+
+const HEARTBEAT: &str =
+    "UPDATE postbox.consumer SET heartbeat_at = clock_timestamp(), report = $2 WHERE id = $1";
+
+/// One statement, so that lanes and members are of one moment.
+const LOOK: &str = "WITH locked AS MATERIALIZED (
+        SELECT l.objid::bigint AS id FROM pg_locks l
+        WHERE l.locktype = 'advisory' AND l.classid = 1347571763 AND l.objsubid = 2 AND l.granted
+            AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+    )
+    SELECT json_build_object(
+        'members', (SELECT coalesce(json_agg(json_build_object('id', c.id, 'subscriptions', c.subscriptions,
+                'expired', c.heartbeat_at + c.lease < clock_timestamp(),
+                'locked', c.id IN (SELECT id FROM locked))), '[]') FROM postbox.consumer c),
+        'lanes', (SELECT coalesce(json_agg(json_build_object('subscription', l.subscription_id, 'lane', l.lane,
+                'epoch', l.epoch, 'owner', l.consumer_id) ORDER BY l.subscription_id, l.lane), '[]')
+            FROM postbox.lane l WHERE l.subscription_id = ANY ($1)),
+        'heads', (SELECT coalesce(json_object_agg(t, postbox.next_offset(t)), '{}') FROM unnest($2::text[]) t))";
+
+#[derive(Deserialize)]
+struct Look {
+    members: Vec<Member>,
+    lanes: Vec<LaneOf>,
+    heads: HashMap<String, i64>,
+}
+
+#[derive(Deserialize)]
+struct Member {
+    id: i32,
+    subscriptions: Vec<i32>,
+    expired: bool,
+    locked: bool,
+}
+
+#[derive(Deserialize)]
+struct LaneOf {
+    subscription: i32,
+    lane: u16,
+    epoch: i32,
+    owner: Option<i32>,
+}
+
+impl Session {
+    /// Connects, registers subscriptions and instance, and starts the executors, which own nothing yet.
+    pub(crate) async fn open(process: &mut Process) -> Result<Self, Error> {
+        let pool = PgPoolOptions::new()
+            .max_connections(1)
+            .max_lifetime(None)
+            .idle_timeout(None)
+            .acquire_timeout(Duration::from_secs(10))
+            .connect_with((*process.pool.connect_options()).clone())
+            .await?;
+        let mut listener = PgListener::connect_with(&pool).await?;
+        listener.ignore_pool_close_event(true);
+        listener.eager_reconnect(false);
+        listener.listen("postbox_segment").await?;
+
+        let mut registered = Vec::new();
+        for (n, subscription) in process.subscriptions.iter().enumerate() {
+            if subscription.kind == Kind::Memory {
+                continue;
+            }
+            let plan = &subscription.plan;
+            let node = match &subscription.kind {
+                Kind::Durable { node } => Some(node.as_str()),
+                Kind::Group | Kind::Memory => None,
+            };
+            let (start, value) = subscription.start.to_sql();
+            let (id, lanes, stored): (i32, i16, String) =
+                sqlx::query_as("SELECT * FROM postbox.subscribe($1, $2, $3, $4, $5, $6, $7)")
+                    .bind(plan.group.as_ref())
+                    .bind(plan.topic.as_ref())
+                    .bind(plan.lanes as i16)
+                    .bind(plan.order.as_str())
+                    .bind(node)
+                    .bind(start)
+                    .bind(value)
+                    .fetch_one(&mut listener)
+                    .await?;
+            if stored != plan.order.as_str() {
+                return Err(Error::OrderChanged {
+                    group: plan.group.to_string(),
+                    topic: plan.topic.to_string(),
+                    stored,
+                    wanted: plan.order.as_str(),
+                });
+            }
+            registered.push((n, id, lanes as u16));
+        }
+
+        let heartbeat_at = Instant::now();
+        let lease_span = process.settings.lease;
+        let id: i32 = sqlx::query_scalar(REGISTER)
+            .bind(&process.settings.name)
+            .bind(std::process::id() as i32)
+            .bind(registered.iter().map(|(_, id, _)| *id).collect::<Vec<i32>>())
+            .bind(lease_span.as_secs_f64())
+            .fetch_one(&mut listener)
+            .await?;
+        sqlx::query(LOCK).bind(id).execute(&mut listener).await?;
+
+        for log in process.logs.values() {
+            log.reset();
+        }
+        let lease = Arc::new(Lease::until(heartbeat_at + own_lease(lease_span)));
+        let dirty = Arc::new(Notify::new());
+        let (event_sender, events) = mpsc::unbounded_channel();
+        let services = registered
+            .into_iter()
+            .map(|(n, subscription, lanes)| {
+                let plan = process.subscriptions[n].plan.clone();
+                let (commands, receiver) = mpsc::unbounded_channel();
+                let progress = Arc::new(Progress::new(dirty.clone()));
+                let membership = Membership {
+                    consumer: id,
+                    subscription,
+                    lease: lease.clone(),
+                    progress: progress.clone(),
+                    events: event_sender.clone(),
+                };
+                let log = process.logs[&plan.topic].clone();
+                let executor = Executor::new(plan, lanes, log, Some(membership), receiver);
+                Service {
+                    id: subscription,
+                    lanes,
+                    commands,
+                    progress,
+                    task: tokio::spawn(executor.run()),
+                    owned: HashMap::new(),
+                }
+            })
+            .collect();
+        let former = process.former.clone();
+        process.former.insert(id);
+        debug!(consumer = id, "session opened");
+        Ok(Self {
+            id,
+            pool,
+            listener,
+            lease,
+            lease_span,
+            heartbeat_at,
+            services,
+            dirty,
+            events,
+            unlocked_since: HashMap::new(),
+            looks: 0,
+            checkpointed: Instant::now(),
+            former,
+        })
+    }
+
+    /// Runs until the token is cancelled or the session is lost; the executors have ended when it returns.
+    pub(crate) async fn run(mut self, process: &mut Process, token: &CancellationToken) -> Ended {
+        let ended = match self.serve(process, token).await {
+            Ok(()) => match self.stop(process).await {
+                Ok(()) => Ended::Stopped,
+                Err(error) => {
+                    warn!(%error, "could not record the last progress; some messages are delivered again");
+                    Ended::Stopped
+                }
+            },
+            Err(error) => Ended::Lost(error.to_string()),
+        };
+        for service in self.services {
+            // Without commands an executor cancels its handlers and ends.
+            drop(service.commands);
+            if let Err(error) = service.task.await {
+                warn!(%error, "an executor ended unexpectedly");
+            }
+        }
+        drop(self.listener);
+        // Bounded: the connection may hang.
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.pool.close()).await;
+        ended
+    }
+
+    async fn serve(&mut self, process: &mut Process, token: &CancellationToken) -> Result<(), Lost> {
+        let mut next_look = Instant::now();
+        let mut checkpoint_due = false;
+        loop {
+            let checkpoint_at = self.checkpointed + CHECKPOINT_EVERY;
+            tokio::select! {
+                biased;
+                () = token.cancelled() => return Ok(()),
+                notification = self.listener.try_recv() => match notification? {
+                    Some(notification) => {
+                        if !tell_heads(process, notification.payload()) {
+                            self.looks = 0;
+                            next_look = Instant::now();
+                        }
+                    }
+                    None => return Err(Lost("the connection was closed".to_owned())),
+                },
+                Some(event) = self.events.recv() => {
+                    if let Event::Released { subscription, snapshot } = event {
+                        self.release(subscription, snapshot).await?;
+                    }
+                    next_look = Instant::now();
+                }
+                () = tokio::time::sleep_until(checkpoint_at.into()), if checkpoint_due => {
+                    checkpoint_due = false;
+                    if !self.checkpoint().await? {
+                        next_look = Instant::now();
+                    }
+                }
+                () = self.dirty.notified(), if !checkpoint_due => checkpoint_due = true,
+                () = tokio::time::sleep_until(next_look.into()) => {
+                    self.heartbeat(process).await?;
+                    next_look = self.look(process).await?;
+                }
+            }
+        }
+    }
+
+    /// Says that it is alive, in time before the lease ends.
+    async fn heartbeat(&mut self, process: &Process) -> Result<(), Lost> {
+        if self.heartbeat_at.elapsed() > own_lease(self.lease_span) {
+            return Err(Lost("this instance did not run for longer than its lease".to_owned()));
+        }
+        if self.heartbeat_at.elapsed() < self.lease_span / 4 {
+            return Ok(());
+        }
+        let sent = Instant::now();
+        let query = sqlx::query(HEARTBEAT).bind(self.id).bind(report(process)).execute(&mut self.listener);
+        if in_time(query).await?.rows_affected() == 0 {
+            return Err(Lost("this instance's registration is gone".to_owned()));
+        }
+        self.heartbeat_at = sent;
+        self.lease.extend(sent + own_lease(self.lease_span));
+        Ok(())
+    }
+
+    /// Looks at members and lanes and does what is due; returns when to look again.
+    async fn look(&mut self, process: &Process) -> Result<Instant, Lost> {
+        let ids: Vec<i32> = self.services.iter().map(|service| service.id).collect();
+        let topics: Vec<&str> = match self.looks % HEADS_EVERY {
+            0 => process.logs.keys().map(AsRef::as_ref).collect(),
+            _ => Vec::new(),
+        };
+        self.looks = self.looks.wrapping_add(1);
+        let query = sqlx::query_scalar(LOOK).bind(ids).bind(topics).fetch_one(&mut self.listener);
+        let sqlx::types::Json(look): sqlx::types::Json<Look> = in_time(query).await?;
+        for (topic, head) in &look.heads {
+            if let Some(log) = process.logs.get(topic.as_str()) {
+                log.set_head(*head);
+            }
+        }
+        if !look.members.iter().any(|member| member.id == self.id) {
+            return Err(Lost("this instance's registration is gone".to_owned()));
+        }
+        let (dead, again) = self.find_dead(&look);
+        for n in 0..self.services.len() {
+            self.arrange(n, &look, &dead).await?;
+        }
+        Ok(again)
+    }
+
+    /// Which owners of lanes are dead: their lease ended, their lock has been missing for the grace, or they are no longer registered.
+    fn find_dead(&mut self, look: &Look) -> (HashSet<i32>, Instant) {
+        let now = Instant::now();
+        let mut again = now + LOOK_EVERY;
+        let registered: HashSet<i32> = look.members.iter().map(|member| member.id).collect();
+        self.unlocked_since.retain(|id, _| registered.contains(id));
+        let mut dead: HashSet<i32> =
+            look.lanes.iter().filter_map(|lane| lane.owner).filter(|owner| !registered.contains(owner)).collect();
+        dead.extend(&self.former);
+        for member in look.members.iter().filter(|member| member.id != self.id) {
+            if member.expired {
+                dead.insert(member.id);
+            }
+            if member.locked {
+                self.unlocked_since.remove(&member.id);
+                continue;
+            }
+            let takeover_at = *self.unlocked_since.entry(member.id).or_insert(now) + GRACE_WITHOUT_LOCK;
+            if takeover_at <= now {
+                dead.insert(member.id);
+            } else {
+                again = again.min(takeover_at);
+            }
+        }
+        (dead, again)
+    }
+
+    /// Claims, releases and revokes lanes of one subscription.
+    async fn arrange(&mut self, n: usize, look: &Look, dead: &HashSet<i32>) -> Result<(), Lost> {
+        let me = self.id;
+        let service = &mut self.services[n];
+        let members: Vec<i32> = look
+            .members
+            .iter()
+            .filter(|member| !dead.contains(&member.id) && member.subscriptions.contains(&service.id))
+            .map(|member| member.id)
+            .collect();
+        let mut rows: Vec<LaneRow> = look
+            .lanes
+            .iter()
+            .filter(|lane| lane.subscription == service.id)
+            .map(|lane| LaneRow { lane: lane.lane, epoch: lane.epoch, owner: lane.owner })
+            .collect();
+        let lost: Vec<u16> = rows
+            .iter()
+            .filter(|row| service.owned.contains_key(&row.lane))
+            .filter(|row| row.owner != Some(me) || service.owned.get(&row.lane) != Some(&row.epoch))
+            .map(|row| row.lane)
+            .collect();
+        if !lost.is_empty() {
+            warn!(subscription = service.id, lanes = ?lost, "lanes have another owner now");
+            for lane in &lost {
+                service.owned.remove(lane);
+            }
+            service.command(Command::Revoke(lost));
+        }
+        // A lane that was claimed without the answer arriving is claimed again.
+        for row in rows.iter_mut().filter(|row| row.owner == Some(me) && !service.owned.contains_key(&row.lane)) {
+            row.owner = None;
+        }
+        let plan = plan(me, &members, dead, &rows);
+        if !plan.release.is_empty() {
+            service.command(Command::Release(plan.release));
+        }
+        if plan.claim.is_empty() {
+            return Ok(());
+        }
+        let lanes: Vec<i16> = plan.claim.iter().map(|row| row.lane as i16).collect();
+        let epochs: Vec<i32> = plan.claim.iter().map(|row| row.epoch).collect();
+        let query = sqlx::query_as("SELECT lane, epoch, position, pending, done FROM postbox.claim($1, $2, $3, $4)")
+            .bind(me)
+            .bind(service.id)
+            .bind(lanes)
+            .bind(epochs)
+            .fetch_all(&mut self.listener);
+        let claimed: Vec<(i16, i32, i64, Vec<i64>, Vec<i64>)> = in_time(query).await?;
+        if claimed.is_empty() {
+            return Ok(());
+        }
+        info!(consumer = me, subscription = service.id, lanes = claimed.len(), of = service.lanes, "claimed lanes");
+        let lanes = claimed.into_iter().map(|(lane, epoch, cut, pending, done)| {
+            service.owned.insert(lane as u16, epoch);
+            let pending = pending.into_iter().filter(|offset| *offset < cut).collect();
+            (lane as u16, OwnedLane { epoch, cut, pending, done: done.into_iter().collect(), running: 0 })
+        });
+        let lanes = lanes.collect();
+        service.command(Command::Claimed(lanes));
+        Ok(())
+    }
+
+    /// Writes what the executors settled; `false` if some lane turned out to have another owner.
+    async fn checkpoint(&mut self) -> Result<bool, Lost> {
+        self.checkpointed = Instant::now();
+        let mut columns = Columns::default();
+        for service in &self.services {
+            if let Some(snapshot) = service.progress.take() {
+                columns.push(service, snapshot);
+            }
+        }
+        if columns.lanes.is_empty() {
+            return Ok(true);
+        }
+        let sent = columns.lanes.len() as i64;
+        let query = sqlx::query_scalar("SELECT postbox.checkpoint($1, $2, $3, $4, $5, $6, $7)")
+            .bind(self.id)
+            .bind(columns.subscriptions)
+            .bind(columns.lanes)
+            .bind(columns.epochs)
+            .bind(columns.positions)
+            .bind(columns.pending_subscriptions)
+            .bind(columns.pending)
+            .fetch_one(&mut self.listener);
+        let accepted: i64 = in_time(query).await?;
+        Ok(accepted == sent)
+    }
+
+    async fn release(&mut self, subscription: i32, snapshot: Snapshot) -> Result<(), Lost> {
+        let Some(service) = self.services.iter_mut().find(|service| service.id == subscription) else { return Ok(()) };
+        let mut columns = Columns::default();
+        columns.push(service, snapshot);
+        for lane in &columns.lanes {
+            service.owned.remove(&(*lane as u16));
+        }
+        let query = sqlx::query("SELECT postbox.release($1, $2, $3, $4, $5, $6)")
+            .bind(self.id)
+            .bind(subscription)
+            .bind(columns.lanes)
+            .bind(columns.epochs)
+            .bind(columns.positions)
+            .bind(columns.pending)
+            .execute(&mut self.listener);
+        in_time(query).await?;
+        Ok(())
+    }
+
+    /// Lets the handlers finish, records how far it came, gives the lanes away and signs off.
+    async fn stop(&mut self, process: &Process) -> Result<(), Lost> {
+        let grace = process.settings.grace;
+        for service in &self.services {
+            service.command(Command::Stop(grace));
+        }
+        // Handlers may need longer than the lease.
+        while !self.services.iter().all(|service| service.task.is_finished()) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            self.heartbeat(process).await?;
+        }
+        while let Ok(event) = self.events.try_recv() {
+            if let Event::Released { subscription, snapshot } = event {
+                self.release(subscription, snapshot).await?;
+            }
+        }
+        for n in 0..self.services.len() {
+            let service = &self.services[n];
+            if let Some(snapshot) = service.progress.take() {
+                self.release(service.id, snapshot).await?;
+            }
+        }
+        let query = sqlx::query("DELETE FROM postbox.consumer WHERE id = $1").bind(self.id).execute(&mut self.listener);
+        in_time(query).await?;
+        Ok(())
+    }
+}
+
+impl Service {
+    fn command(&self, command: Command) {
+        // An executor that ended is noticed when the session ends.
+        let _ = self.commands.send(command);
+    }
+}
+
+/// Lanes of several subscriptions, column by column.
+#[derive(Default)]
+struct Columns {
+    subscriptions: Vec<i32>,
+    lanes: Vec<i16>,
+    epochs: Vec<i32>,
+    positions: Vec<i64>,
+    pending_subscriptions: Vec<i32>,
+    pending: Vec<i64>,
+}
+
+impl Columns {
+    fn push(&mut self, service: &Service, snapshot: Snapshot) {
+        for lane in snapshot.lanes {
+            self.subscriptions.push(service.id);
+            self.lanes.push(lane.lane as i16);
+            self.epochs.push(lane.epoch);
+            self.positions.push(lane.position);
+        }
+        for offset in snapshot.pending {
+            self.pending_subscriptions.push(service.id);
+            self.pending.push(offset);
+        }
+    }
+}
+
+/// Others take over when the lease ends; this instance stops well before, on its own clock.
+fn own_lease(lease: Duration) -> Duration {
+    lease.mul_f64(0.7)
+}
+
+/// What the heads are, from the sequencer's notification; `false` if it does not say.
+fn tell_heads(process: &Process, payload: &str) -> bool {
+    let mut words = payload.split(' ');
+    while let (Some(topic), Some(head)) = (words.next(), words.next()) {
+        if let (Some(log), Ok(head)) = (process.logs.get(topic), head.parse()) {
+            log.set_head(head);
+        }
+    }
+    !payload.is_empty()
+}
+
+/// What this instance says of itself.
+fn report(process: &Process) -> serde_json::Value {
+    let subscriptions: Vec<serde_json::Value> = process
+        .subscriptions
+        .iter()
+        .map(|subscription| {
+            let plan = &subscription.plan;
+            serde_json::json!({
+                "group": plan.group.as_ref(),
+                "topic": plan.topic.as_ref(),
+                "memory": subscription.kind == Kind::Memory,
+                "position": plan.counters.position.load(Ordering::Relaxed),
+                "handled": plan.counters.handled.load(Ordering::Relaxed),
+                "failed": plan.counters.failed.load(Ordering::Relaxed),
+                "retrying": plan.counters.retrying.load(Ordering::Relaxed),
+            })
+        })
+        .collect();
+    serde_json::Value::Array(subscriptions)
+}
+
+/// Why a session is over.
+struct Lost(String);
+
+impl std::fmt::Display for Lost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<sqlx::Error> for Lost {
+    fn from(error: sqlx::Error) -> Self {
+        Lost(error.to_string())
+    }
+}
+
+async fn in_time<T>(statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Lost> {
+    match tokio::time::timeout(STATEMENT_TIMEOUT, statement).await {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(Lost(format!("the server did not answer within {STATEMENT_TIMEOUT:?}"))),
+    }
+}

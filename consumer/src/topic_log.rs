@@ -1,0 +1,282 @@
+//! A topic's log as this process reads it: one read serves all groups.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
+use postbox::Offset;
+use postbox::log::{self, Segment};
+use sqlx::PgPool;
+use tokio::sync::watch;
+
+use crate::block::{Block, Entry};
+use crate::lane::lane_of;
+
+/// Most messages in a block.
+const BLOCK_MESSAGES: i64 = 1024;
+/// A block is ended when its payloads are expected to be larger.
+const BLOCK_BYTES: usize = 2 * 1024 * 1024;
+/// Blocks kept for groups that come behind.
+const CACHE_BYTES: usize = 8 * 1024 * 1024;
+const CACHE_BLOCKS: usize = 16;
+/// What a message takes in memory beside its payload, roughly.
+const MESSAGE_OVERHEAD: usize = 160;
+/// Segments read at once: an index of up to 65,536 messages.
+const INDEX_SEGMENTS: i64 = 64;
+
+type ReadResult = Result<Option<Arc<Block>>, Arc<postbox::Error>>;
+type SharedRead = Shared<BoxFuture<'static, ReadResult>>;
+
+pub(crate) struct TopicLog {
+    topic: Arc<str>,
+    readers: PgPool,
+    head: watch::Sender<i64>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    blocks: BTreeMap<i64, Arc<Block>>,
+    /// Bases of the blocks, oldest first.
+    age: VecDeque<i64>,
+    bytes: usize,
+    /// Consecutive segments.
+    index: Vec<Segment>,
+    reading: HashMap<i64, SharedRead>,
+    interests: Vec<Weak<Interest>>,
+    /// Raised when all that was read may be wrong.
+    generation: u64,
+}
+
+impl TopicLog {
+    pub(crate) fn new(topic: Arc<str>, readers: PgPool) -> Self {
+        Self { topic, readers, head: watch::Sender::new(0), state: Mutex::default() }
+    }
+
+    /// The topic's next offset, as far as it is known; changes wake who waits.
+    pub(crate) fn head(&self) -> watch::Receiver<i64> {
+        self.head.subscribe()
+    }
+
+    /// Learns the next offset from a notification or a look at the database.
+    pub(crate) fn set_head(&self, head: i64) {
+        self.head.send_if_modified(|known| std::mem::replace(known, head) != head);
+    }
+
+    /// Registers lanes that somebody in this process owns; only messages in such lanes are read.
+    pub(crate) fn register(&self, interest: &Arc<Interest>) {
+        self.lock().interests.push(Arc::downgrade(interest));
+    }
+
+    /// Forgets all that was read: the server may have restarted and lost offsets that it had not flushed.
+    pub(crate) fn reset(&self) {
+        let mut state = self.lock();
+        state.generation += 1;
+        state.blocks.clear();
+        state.age.clear();
+        state.bytes = 0;
+        state.index.clear();
+        state.reading.clear();
+    }
+
+    /// A block that contains `from`, or begins after it if older offsets are no longer retained; `None` at the head.
+    pub(crate) async fn read(self: &Arc<Self>, from: i64) -> ReadResult {
+        let read = {
+            let mut state = self.lock();
+            if let Some((_, block)) = state.blocks.range(..=from).next_back().filter(|(_, b)| from < b.end()) {
+                return Ok(Some(block.clone()));
+            }
+            match state.reading.get(&from) {
+                Some(read) => read.clone(),
+                None => {
+                    let generation = state.generation;
+                    let this = self.clone();
+                    let read = async move {
+                        let result = this.load(from, generation).await.map_err(Arc::new);
+                        this.lock().reading.remove(&from);
+                        result
+                    }
+                    .boxed()
+                    .shared();
+                    state.reading.insert(from, read.clone());
+                    read
+                }
+            }
+        };
+        read.await
+    }
+
+    /// As [`read`](Self::read), for a block in which a wanted message was not read.
+    pub(crate) async fn read_again(self: &Arc<Self>, from: i64) -> ReadResult {
+        {
+            let mut state = self.lock();
+            if let Some((&base, _)) = state.blocks.range(..=from).next_back().filter(|(_, b)| from < b.end()) {
+                state.evict(base);
+            }
+            state.reading.remove(&from);
+        }
+        self.read(from).await
+    }
+
+    /// Reads ahead in the background, for the next [`read`](Self::read) from there.
+    pub(crate) fn prefetch(self: &Arc<Self>, from: i64) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            // Whoever needs the block sees the error.
+            let _ = this.read(from).await;
+        });
+    }
+
+    async fn load(&self, from: i64, generation: u64) -> Result<Option<Arc<Block>>, postbox::Error> {
+        let mut connection = self.readers.acquire().await?;
+        let mut segments = self.indexed(from);
+        if segments.is_empty() {
+            let index = log::segments(&mut connection, &self.topic, Offset::new(from), INDEX_SEGMENTS).await?;
+            let mut state = self.lock();
+            if state.generation == generation {
+                state.index = index.clone();
+            }
+            segments = index;
+        }
+        let Some(first) = segments.first() else { return Ok(None) };
+        let from = from.max(first.base().get());
+        let to = block_end(&segments, from);
+        let wants = self.wants();
+        let wanted = |offset: Offset, key: Option<i32>| wants(offset.get(), key);
+        let found = log::messages(&mut connection, &self.topic, &segments, Offset::new(from), Offset::new(to), wanted).await?;
+        drop(connection);
+
+        let mut bytes = 0;
+        let mut entries = Vec::with_capacity(found.len());
+        let mut segments = segments.iter().peekable();
+        for (offset, message) in (from..).zip(found) {
+            while segments.next_if(|segment| segment.end().get() <= offset).is_some() {}
+            let key = segments.peek().and_then(|segment| segment.key_hash(Offset::new(offset)));
+            entries.push(match message {
+                Some(message) => {
+                    bytes += message.payload.len() + MESSAGE_OVERHEAD;
+                    Entry::Message(message)
+                }
+                None if wants(offset, key) => Entry::Gone(key),
+                None => Entry::Unread(key),
+            });
+        }
+        let block = Arc::new(Block { base: from, entries, bytes });
+        self.lock().keep(block.clone(), generation);
+        Ok(Some(block))
+    }
+
+    /// The known segments from the one that contains `from`.
+    fn indexed(&self, from: i64) -> Vec<Segment> {
+        let state = self.lock();
+        let first = state.index.partition_point(|segment| segment.end().get() <= from);
+        match state.index.get(first) {
+            Some(segment) if segment.base().get() <= from => {
+                let last = state.index[first..]
+                    .iter()
+                    .scan(0, |messages, segment| {
+                        let before = *messages;
+                        *messages += segment.end().get() - segment.base().get();
+                        Some(before)
+                    })
+                    .take_while(|before| *before < BLOCK_MESSAGES * 2)
+                    .count();
+                state.index[first..first + last].to_vec()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Which messages anybody in this process wants.
+    fn wants(&self) -> impl Fn(i64, Option<i32>) -> bool + use<> {
+        let mut interests = Vec::new();
+        self.lock().interests.retain(|weak| match weak.upgrade() {
+            Some(interest) => {
+                interests.push(interest);
+                true
+            }
+            None => false,
+        });
+        let all = interests.iter().any(|interest| interest.is_all());
+        move |offset, key| all || interests.iter().any(|interest| interest.wants(offset, key))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn keep(&mut self, block: Arc<Block>, generation: u64) {
+        if generation != self.generation {
+            return;
+        }
+        self.evict(block.base);
+        self.bytes += block.bytes;
+        self.age.push_back(block.base);
+        self.blocks.insert(block.base, block);
+        while self.blocks.len() > 1 && (self.bytes > CACHE_BYTES || self.blocks.len() > CACHE_BLOCKS) {
+            let Some(&oldest) = self.age.front() else { return };
+            self.evict(oldest);
+        }
+    }
+
+    fn evict(&mut self, base: i64) {
+        if let Some(block) = self.blocks.remove(&base) {
+            self.bytes -= block.bytes;
+            self.age.retain(|known| *known != base);
+        }
+    }
+}
+
+/// Where a block that begins at `from` ends.
+fn block_end(segments: &[Segment], from: i64) -> i64 {
+    let mut end = from;
+    let mut bytes = 0;
+    for segment in segments {
+        let size = segment.mean_bytes() + MESSAGE_OVERHEAD;
+        let room = (BLOCK_BYTES.saturating_sub(bytes) / size) as i64;
+        let take = (segment.end().get() - end).min(BLOCK_MESSAGES - (end - from));
+        let taken = take.min(room);
+        end += taken;
+        bytes += taken as usize * size;
+        if taken < take || end - from == BLOCK_MESSAGES {
+            break;
+        }
+    }
+    // One message is more than nothing, whatever its size.
+    end.max(from + 1)
+}
+
+/// The lanes of a subscription that this process owns.
+pub(crate) struct Interest {
+    lanes: u16,
+    owned: Vec<AtomicU64>,
+}
+
+impl Interest {
+    pub(crate) fn new(lanes: u16) -> Self {
+        Self { lanes, owned: (0..lanes.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    pub(crate) fn set(&self, lane: u16, owned: bool) {
+        let (word, bit) = (&self.owned[usize::from(lane / 64)], 1 << (lane % 64));
+        if owned {
+            word.fetch_or(bit, Ordering::Relaxed);
+        } else {
+            word.fetch_and(!bit, Ordering::Relaxed);
+        }
+    }
+
+    fn is_all(&self) -> bool {
+        let owned: u32 = self.owned.iter().map(|word| word.load(Ordering::Relaxed).count_ones()).sum();
+        owned == u32::from(self.lanes)
+    }
+
+    fn wants(&self, offset: i64, key: Option<i32>) -> bool {
+        let lane = lane_of(offset, key, self.lanes);
+        self.owned[usize::from(lane / 64)].load(Ordering::Relaxed) & (1 << (lane % 64)) != 0
+    }
+}

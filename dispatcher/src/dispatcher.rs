@@ -1,0 +1,124 @@
+//! The dispatcher: what an application or the `postbox` command runs.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use sqlx::PgPool;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::expiry;
+use crate::sequencer::{Counters, Sequencer};
+
+const RECONNECT_FIRST: Duration = Duration::from_millis(50);
+const RECONNECT_LAST: Duration = Duration::from_secs(5);
+
+/// Sequences messages and wakes their consumers.
+///
+/// It keeps one connection of its own, which must be direct (not through a transaction pooler), and now and then borrows one of `pool`. If the
+/// database goes away it connects again by itself, with growing and jittered waits, and then looks at everything.
+#[must_use = "it does nothing until it is run"]
+#[derive(Debug)]
+pub struct Dispatcher {
+    pool: PgPool,
+    tick: Duration,
+}
+
+impl Dispatcher {
+    /// A dispatcher for this database.
+    pub fn new(pool: PgPool) -> Self {
+        Self { pool, tick: Duration::from_millis(4) }
+    }
+
+    /// The pause between two steps under load (default 4 ms): a longer one makes larger steps, which cost less a message and come later.
+    pub fn tick(mut self, tick: Duration) -> Self {
+        self.tick = tick.max(Duration::from_millis(1));
+        self
+    }
+
+    /// Starts in the background; returns once it is connected.
+    ///
+    /// **Errors.** A schema that is missing, older or newer; a first connection that fails.
+    pub async fn start(self) -> Result<DispatcherHandle, postbox::Error> {
+        postbox::check_schema(&self.pool).await?;
+        let counters = Arc::new(Counters::default());
+        let sequencer = Sequencer::connect(&self.pool, self.tick, counters.clone()).await?;
+        let token = CancellationToken::new();
+        let task = tokio::spawn(self.serve(sequencer, counters.clone(), token.clone()));
+        Ok(DispatcherHandle { token, task, counters })
+    }
+
+    /// Runs until `shutdown` completes.
+    pub async fn run_until(self, shutdown: impl Future<Output = ()>) -> Result<(), postbox::Error> {
+        let handle = self.start().await?;
+        shutdown.await;
+        handle.shutdown().await;
+        Ok(())
+    }
+
+    async fn serve(self, first: Sequencer, counters: Arc<Counters>, token: CancellationToken) {
+        let expiry = expiry::run(self.pool.clone());
+        let sequencing = async {
+            let mut sequencer = first;
+            info!("dispatching");
+            loop {
+                let error = sequencer.run().await;
+                warn!(%error, "lost the connection; connecting again");
+                sequencer = self.reconnect(&counters).await;
+                info!("connected again");
+            }
+        };
+        tokio::select! {
+            () = token.cancelled() => {}
+            () = expiry => {}
+            () = sequencing => {}
+        }
+    }
+
+    async fn reconnect(&self, counters: &Arc<Counters>) -> Sequencer {
+        let mut wait = RECONNECT_FIRST;
+        loop {
+            tokio::time::sleep(jittered(wait)).await;
+            match Sequencer::connect(&self.pool, self.tick, counters.clone()).await {
+                Ok(sequencer) => return sequencer,
+                Err(error) => warn!(%error, "cannot connect; trying again"),
+            }
+            wait = (wait * 2).min(RECONNECT_LAST);
+        }
+    }
+}
+
+/// A dispatcher that runs in the background. Dropping it stops the dispatcher.
+#[derive(Debug)]
+pub struct DispatcherHandle {
+    token: CancellationToken,
+    task: JoinHandle<()>,
+    counters: Arc<Counters>,
+}
+
+impl DispatcherHandle {
+    /// Stops it and waits for it.
+    pub async fn shutdown(mut self) {
+        self.token.cancel();
+        // It ends by the token; a panic in it was reported where it happened.
+        let _ = (&mut self.task).await;
+    }
+
+    /// How many steps found messages, and how many messages those were.
+    pub fn sequenced(&self) -> (u64, u64) {
+        self.counters.read()
+    }
+}
+
+impl Drop for DispatcherHandle {
+    fn drop(&mut self) {
+        self.token.cancel();
+    }
+}
+
+/// Between the span and one and a half times it.
+fn jittered(span: Duration) -> Duration {
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.subsec_nanos());
+    span + span.mul_f64(f64::from(nanos % 1_000) / 2_000.0)
+}

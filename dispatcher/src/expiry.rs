@@ -1,0 +1,33 @@
+//! Forgets deduplication keys whose window is over, and consumers that are long gone.
+
+use std::time::Duration;
+
+use sqlx::PgPool;
+use tracing::warn;
+
+const EVERY: Duration = Duration::from_secs(60);
+
+/// In batches, so that no publisher with an expired key waits long; skips what a publisher is just renewing.
+const EXPIRE_KEYS: &str = "DELETE FROM postbox.dedup WHERE ctid = ANY (ARRAY( \
+     SELECT ctid FROM postbox.dedup WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT 5000 FOR UPDATE SKIP LOCKED))";
+
+/// Kept for a day, so that `postbox status` can show who died.
+const FORGET_CONSUMERS: &str = "DELETE FROM postbox.consumer c \
+     WHERE c.heartbeat_at < clock_timestamp() - interval '1 day' AND NOT postbox.is_live(c.id)";
+
+pub(crate) async fn run(pool: PgPool) {
+    let mut interval = tokio::time::interval(EVERY);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        if let Err(error) = expire(&pool).await {
+            warn!(%error, "cannot expire old rows; trying again in a minute");
+        }
+    }
+}
+
+pub(crate) async fn expire(pool: &PgPool) -> Result<(), sqlx::Error> {
+    while sqlx::query(EXPIRE_KEYS).execute(pool).await?.rows_affected() == 5000 {}
+    sqlx::query(FORGET_CONSUMERS).execute(pool).await?;
+    Ok(())
+}

@@ -1,0 +1,114 @@
+//! What the database says of topics, subscriptions, instances and dispatchers.
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use sqlx::{FromRow, PgPool};
+
+/// Everything at one look.
+#[derive(Debug, Serialize)]
+#[non_exhaustive]
+pub struct Status {
+    /// Version of the schema.
+    pub schema_version: i32,
+    /// How many dispatchers are connected.
+    pub dispatchers: i64,
+    /// When the newest messages were sequenced.
+    pub last_tick_at: Option<DateTime<Utc>>,
+    /// Topics by name.
+    pub topics: Vec<TopicStatus>,
+    /// Subscriptions by group and topic.
+    pub subscriptions: Vec<SubscriptionStatus>,
+    /// Consumer instances, the newest first.
+    pub consumers: Vec<ConsumerStatus>,
+}
+
+/// A topic.
+#[derive(Debug, Serialize, FromRow)]
+#[non_exhaustive]
+pub struct TopicStatus {
+    /// Topic.
+    pub topic: String,
+    /// The earliest retained offset.
+    pub first_offset: i64,
+    /// The offset that the next message gets.
+    pub next_offset: i64,
+}
+
+/// A group's subscription to a topic.
+#[derive(Debug, Serialize, FromRow)]
+#[non_exhaustive]
+pub struct SubscriptionStatus {
+    /// Group.
+    pub group_name: String,
+    /// Topic.
+    pub topic: String,
+    /// What runs one after another: key, topic or none.
+    pub order_mode: String,
+    /// How many lanes it has.
+    pub lanes: i16,
+    /// How many lanes a live instance owns.
+    pub owned: i64,
+    /// The least offset that is not settled.
+    pub position: i64,
+    /// The offset that the next message gets.
+    pub next_offset: i64,
+    /// Upper bound of the messages not settled: those from `position` on.
+    pub lag: i64,
+}
+
+/// A consumer instance.
+#[derive(Debug, Serialize, FromRow)]
+#[non_exhaustive]
+pub struct ConsumerStatus {
+    /// Instance.
+    pub id: i32,
+    /// Its name.
+    pub name: String,
+    /// Process id on its host.
+    pub pid: i32,
+    /// Whether its session holds its lock and its lease has not ended.
+    pub live: bool,
+    /// How many lanes it owns.
+    pub lanes: i64,
+    /// When it started.
+    pub started_at: DateTime<Utc>,
+    /// When it last said that it is alive.
+    pub heartbeat_at: DateTime<Utc>,
+    /// What it says of its subscriptions, broadcasts from memory among them.
+    pub report: serde_json::Value,
+}
+
+const TOPICS: &str = "SELECT name AS topic, postbox.first_offset(name) AS first_offset, postbox.next_offset(name) AS next_offset \
+     FROM postbox.topic ORDER BY name";
+
+const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes, l.owned, \
+         least(l.position, n.next_offset) AS position, n.next_offset, greatest(n.next_offset - l.position, 0) AS lag \
+     FROM postbox.subscription s \
+     CROSS JOIN LATERAL (SELECT postbox.next_offset(s.topic) AS next_offset) n \
+     CROSS JOIN LATERAL ( \
+         SELECT count(*) FILTER (WHERE postbox.is_live(t.consumer_id)) AS owned, \
+             min(least(t.position, (SELECT min(p) FROM unnest(t.pending) p))) AS position \
+         FROM postbox.lane l CROSS JOIN LATERAL postbox.lane_state(l.subscription_id, l.lane) t \
+         WHERE l.subscription_id = s.id) l \
+     ORDER BY s.group_name, s.topic";
+
+const CONSUMERS: &str = "SELECT c.id, c.name, c.pid, \
+         postbox.is_live(c.id) AND c.heartbeat_at + c.lease > clock_timestamp() AS live, \
+         (SELECT count(*) FROM postbox.lane l WHERE l.consumer_id = c.id) AS lanes, c.started_at, c.heartbeat_at, c.report \
+     FROM postbox.consumer c ORDER BY c.id DESC";
+
+const DISPATCHERS: &str = "SELECT count(*) FROM pg_stat_activity \
+     WHERE application_name = 'postbox dispatcher' AND datname = current_database()";
+
+/// Looks at the database.
+pub async fn read(pool: &PgPool) -> Result<Status, postbox::Error> {
+    postbox::check_schema(pool).await?;
+    Ok(Status {
+        schema_version: postbox::SCHEMA_VERSION,
+        dispatchers: sqlx::query_scalar(DISPATCHERS).fetch_one(pool).await?,
+        last_tick_at: sqlx::query_scalar("SELECT at FROM postbox.tick ORDER BY id DESC LIMIT 1").fetch_optional(pool).await?,
+        topics: sqlx::query_as(TOPICS).fetch_all(pool).await?,
+        subscriptions: sqlx::query_as(SUBSCRIPTIONS).fetch_all(pool).await?,
+        consumers: sqlx::query_as(CONSUMERS).fetch_all(pool).await?,
+    })
+}

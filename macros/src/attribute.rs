@@ -1,0 +1,110 @@
+//! The options inside an attribute: `name = value`, `name` or `name(…)`, separated by commas.
+
+use syn::ext::IdentExt;
+use syn::parse::ParseStream;
+use syn::{Expr, ExprLit, Ident, Lit, LitStr, Token};
+
+use crate::duration::Interval;
+use crate::name;
+
+/// Reads the options of one attribute. `read` is called after each option's name, with the input standing at
+/// its value. An option that is not `known` or is given twice is an error.
+pub(crate) fn read_options(
+    input: ParseStream<'_>,
+    attribute: &str,
+    known: &[&str],
+    mut read: impl FnMut(&Ident, &str, ParseStream<'_>) -> syn::Result<()>,
+) -> syn::Result<()> {
+    let mut seen: Vec<String> = Vec::new();
+    while !input.is_empty() {
+        // `type` is a keyword and an option all the same.
+        let ident = input.call(Ident::parse_any)?;
+        let name = ident.to_string();
+        if !known.contains(&name.as_str()) {
+            let message = format!(
+                "unknown option `{name}` of {attribute}; known are: {}",
+                known.join(", ")
+            );
+            return Err(syn::Error::new(ident.span(), message));
+        }
+        if seen.contains(&name) {
+            return Err(syn::Error::new(ident.span(), format!("`{name}` is given twice")));
+        }
+        read(&ident, &name, input)?;
+        seen.push(name);
+        if !input.is_empty() {
+            input.parse::<Token![,]>()?;
+        }
+    }
+    Ok(())
+}
+
+/// The string literal in `= "…"`.
+pub(crate) fn string(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<LitStr> {
+    let mend = || format!("`{option}` takes a string: {option} = \"{example}\"");
+    let value = value(option, mend, input)?;
+    match value {
+        Expr::Lit(ExprLit {
+            lit: Lit::Str(literal),
+            ..
+        }) => Ok(literal),
+        _ => Err(syn::Error::new_spanned(value, mend())),
+    }
+}
+
+/// The string literal in `= "…"` that names a topic, type or group.
+pub(crate) fn name(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<LitStr> {
+    let literal = string(option, example, input)?;
+    name::check(&option.to_string(), &literal)?;
+    Ok(literal)
+}
+
+/// The expression in `= …`; without one, the error at the option's name says what it takes.
+pub(crate) fn value(option: &Ident, mend: impl Fn() -> String, input: ParseStream<'_>) -> syn::Result<Expr> {
+    let missing = |_| syn::Error::new(option.span(), mend());
+    input.parse::<Token![=]>().map_err(missing)?;
+    if input.is_empty() || input.peek(Token![,]) {
+        return Err(syn::Error::new(option.span(), mend()));
+    }
+    input.parse()
+}
+
+/// One of the strings that the option knows; gives what stands beside it.
+pub(crate) fn choice<T: Clone>(
+    option: &Ident,
+    choices: &[(&str, T)],
+    input: ParseStream<'_>,
+) -> syn::Result<T> {
+    let literal = string(option, choices.first().map_or("", |(first, _)| first), input)?;
+    let given = literal.value();
+    let chosen = choices.iter().find(|(choice, _)| *choice == given);
+    chosen.map(|(_, meaning)| meaning.clone()).ok_or_else(|| {
+        let known: Vec<String> = choices.iter().map(|(choice, _)| format!("{choice:?}")).collect();
+        let message = format!("{given:?} is no `{option}`; known are: {}", known.join(", "));
+        syn::Error::new(literal.span(), message)
+    })
+}
+
+/// The duration in `= "20s"`.
+pub(crate) fn interval(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<Interval> {
+    Interval::from_literal(&string(option, example, input)?)
+}
+
+/// The number in `= 8`, or an expression that gives one, such as a constant.
+pub(crate) fn count(option: &Ident, input: ParseStream<'_>) -> syn::Result<Expr> {
+    let mend = || format!("`{option}` takes a number from 1 up: {option} = 8");
+    let expression = value(option, mend, input)?;
+    let is_number = match &expression {
+        Expr::Lit(ExprLit {
+            lit: Lit::Int(number),
+            ..
+        }) => number.base10_parse::<u64>().is_ok_and(|n| n > 0),
+        Expr::Lit(_) | Expr::Unary(_) => false,
+        _ => true,
+    };
+    if is_number {
+        Ok(expression)
+    } else {
+        Err(syn::Error::new_spanned(expression, mend()))
+    }
+}

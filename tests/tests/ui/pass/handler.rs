@@ -1,0 +1,80 @@
+//! `#[handler]` and `handlers![]` as the documentation shows them.
+
+#![deny(warnings)]
+
+use postbox::Message;
+use postbox_consumer::{Delivery, HandlerDefinition, HandlerError, State, Tx, handler, handlers};
+use serde::{Deserialize, Serialize};
+
+#[derive(Serialize, Deserialize, Message)]
+#[message(topic = "orders", type = "order.placed", key = order_id)]
+pub struct OrderPlaced {
+    order_id: u64,
+}
+
+#[derive(Clone)]
+pub struct Stock(u64);
+
+const LANES: u16 = 8;
+
+/// Documented and public.
+#[handler(group = "inventory")]
+pub async fn reserve_stock(
+    order: OrderPlaced,
+    mut _tx: Tx,
+    State(stock): State<Stock>,
+) -> Result<(), HandlerError> {
+    if order.order_id > stock.0 {
+        Err(HandlerError::discard("sold out"))
+    } else {
+        Ok(())
+    }
+}
+
+mod mail {
+    use super::{Delivery, OrderPlaced, handler};
+
+    #[handler(
+        group = "mail",
+        topic = "orders",
+        types = ["order.placed", "order.paid"],
+        concurrency = 64,
+        order = "topic",
+        start = "latest",
+        lanes = super::LANES,
+        timeout = "20s",
+        retry(backoff = "exponential(1s, 10m)"),
+    )]
+    pub(super) async fn send_receipt(_order: OrderPlaced, _delivery: Delivery) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+#[handler(broadcast)]
+async fn refresh(_order: OrderPlaced) {}
+
+#[handler(broadcast = "durable")]
+async fn rebuild(_order: OrderPlaced) {}
+
+#[handler(group = "ticks", topic = "ticks", type = "tick", retry(backoff = "fixed(5s)"))]
+async fn tick() {}
+
+#[cfg(any())]
+#[handler(group = "never")]
+async fn conditional_above() {}
+
+#[handler(group = "never")]
+#[cfg(any())]
+async fn conditional_below() {}
+
+fn main() {
+    #[handler(group = "local", retry(backoff = "linear(1s, 1m)"))]
+    async fn local(_order: OrderPlaced) {}
+
+    let definitions: Vec<HandlerDefinition> =
+        handlers![reserve_stock, mail::send_receipt, refresh, rebuild, tick, local,];
+    assert_eq!(definitions.len(), 6);
+    assert!(handlers![].is_empty());
+    // The function is still one.
+    drop(refresh(OrderPlaced { order_id: 1 }));
+}
