@@ -398,6 +398,11 @@ BEGIN
         RAISE EXCEPTION 'postbox.sequence() must run in READ COMMITTED, not %', current_setting('transaction_isolation')
             USING HINT = 'Its snapshot must be taken after its lock.';
     END IF;
+    -- A snapshot does not tell whether it sees its own transaction's rows, so the next step could not know which of them were found.
+    IF pg_current_xact_id_if_assigned() IS NOT NULL THEN
+        RAISE EXCEPTION 'postbox.sequence() must run in a transaction of its own, before anything is written in it'
+            USING HINT = 'Commit first.';
+    END IF;
     PERFORM pg_advisory_xact_lock(1347571761, 1);
 
     SELECT t.id, t.snapshot INTO last_id, last_snapshot FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;

@@ -52,8 +52,9 @@ const BELL_IS_TAKEN: &str = "SELECT EXISTS (SELECT FROM pg_locks l WHERE l.lockt
      AND l.objid = 2 AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock' \
      AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()))";
 
-/// A step may commit asynchronously: whatever depends on it durably is behind it in the WAL.
-const SETTINGS: &str = "SET synchronous_commit = off";
+/// A step may commit asynchronously: whatever depends on it durably is behind it in the WAL. And it must be READ COMMITTED, whatever
+/// the database defaults to.
+const SETTINGS: &str = "SET synchronous_commit = off; SET default_transaction_isolation = 'read committed'";
 
 enum Bell {
     Mine,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use sqlx::{Acquire, PgConnection, PgPool};
+use sqlx::{Connection, PgConnection, PgPool};
 
 use crate::error::{Error, Result};
 
@@ -27,6 +27,9 @@ pub const SCHEMA_VERSION: i32 = MIGRATIONS[MIGRATIONS.len() - 1].version;
 /// One transaction-level lock makes processes that start at once migrate one after another.
 const LOCK: &str = "SELECT pg_advisory_xact_lock(1347571761, 4)";
 
+/// Whatever the database defaults to: what is read after the lock must be newer than the lock.
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+
 const CREATE_REGISTER: &str = "
     CREATE SCHEMA IF NOT EXISTS postbox;
     CREATE TABLE IF NOT EXISTS postbox.schema_migration (
@@ -50,7 +53,7 @@ const CREATE_REGISTER: &str = "
 /// The role needs `CREATE` on the database the first time, and to own the schema later.
 pub async fn migrate(pool: &PgPool) -> Result<Vec<i32>> {
     let mut connection = pool.acquire().await?;
-    let mut tx = connection.begin().await?;
+    let mut tx = connection.begin_with(BEGIN).await?;
     sqlx::query(LOCK).execute(&mut *tx).await?;
     if !register_exists(&mut tx).await? {
         sqlx::raw_sql(CREATE_REGISTER).execute(&mut *tx).await?;
