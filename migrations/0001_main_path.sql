@@ -491,18 +491,18 @@ CREATE FUNCTION postbox.offset_at(of_topic text, since timestamptz) RETURNS bigi
     SET jit = off AS $$
 DECLARE
     result bigint;
-    found  postbox.segment;
+    first  postbox.segment;
 BEGIN
     -- A message is published before it is sequenced, so the first one published since then is in or after this segment.
-    SELECT s.* INTO found FROM postbox.segment s WHERE s.topic = of_topic AND s.sequenced_at >= since ORDER BY s.base LIMIT 1;
+    SELECT s.* INTO first FROM postbox.segment s WHERE s.topic = of_topic AND s.sequenced_at >= since ORDER BY s.base LIMIT 1;
     IF NOT FOUND THEN
         RETURN postbox.next_offset(of_topic);
     END IF;
-    SELECT found.base + min(a.n) - 1 INTO result
-    FROM unnest(found.xids, found.seqs) WITH ORDINALITY AS a (xid, seq, n)
-    JOIN postbox.outbox o ON o.slot = found.slot AND o.xid = a.xid AND o.seq = a.seq
+    SELECT first.base + min(a.n) - 1 INTO result
+    FROM unnest(first.xids, first.seqs) WITH ORDINALITY AS a (xid, seq, n)
+    JOIN postbox.outbox o ON o.slot = first.slot AND o.xid = a.xid AND o.seq = a.seq
     WHERE o.published_at >= since;
-    RETURN coalesce(result, found.base + found.count);
+    RETURN coalesce(result, first.base + first.count);
 END $$;
 COMMENT ON FUNCTION postbox.offset_at IS 'The offset of the first message of a topic that was published at or after an instant.';
 
