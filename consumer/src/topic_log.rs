@@ -93,13 +93,14 @@ impl TopicLog {
                 None => {
                     let generation = state.generation;
                     let this = self.clone();
-                    let read = async move {
+                    // A task of its own, so that a reader which loses interest does not leave a connection held.
+                    let task = tokio::spawn(async move {
                         let result = this.load(from, generation).await.map_err(Arc::new);
                         this.lock().reading.remove(&from);
                         result
-                    }
-                    .boxed()
-                    .shared();
+                    });
+                    let read = task.map(|result| result.unwrap_or_else(|error| Err(Arc::new(ended(&error)))));
+                    let read = read.boxed().shared();
                     state.reading.insert(from, read.clone());
                     read
                 }
@@ -229,6 +230,10 @@ impl State {
             self.age.retain(|known| *known != base);
         }
     }
+}
+
+fn ended(error: &tokio::task::JoinError) -> postbox::Error {
+    postbox::Error::Database(sqlx::Error::Io(std::io::Error::other(format!("the read ended early: {error}"))))
 }
 
 /// Where a block that begins at `from` ends.

@@ -152,11 +152,12 @@ pub async fn publish_steps(pool: &PgPool, steps: &[Step]) {
 /// Waits until a group has settled everything of the topic `steps` that is sequenced now.
 pub async fn settled(pool: &PgPool, group: &str) {
     eventually(PATIENCE, || async {
-        let status = postbox_dispatcher::status::read(pool).await.map_err(|error| error.to_string())?;
+        // First: what is sequenced after this look is not waited for by the next.
         let unsequenced: i64 = sqlx::query_scalar("SELECT (SELECT count(*) FROM postbox.outbox) - coalesce(sum(postbox.next_offset(name)), 0)::bigint FROM postbox.topic")
             .fetch_one(pool)
             .await
             .map_err(|error| error.to_string())?;
+        let status = postbox_dispatcher::status::read(pool).await.map_err(|error| error.to_string())?;
         match status.subscriptions.iter().find(|s| s.group_name == group) {
             Some(subscription) if subscription.lag == 0 && unsequenced == 0 => Ok(()),
             Some(subscription) => Err(format!("{unsequenced} not sequenced, lag {}", subscription.lag)),
