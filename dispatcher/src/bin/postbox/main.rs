@@ -24,7 +24,7 @@ use crate::database::Database;
 /// The database is named by DATABASE_URL or --database-url. Data goes to standard output, everything else to standard error; RUST_LOG
 /// chooses what is logged (for example RUST_LOG=postbox_consumer=info). Exit codes: 0 done, 1 failed, 2 wrong usage.
 #[derive(Debug, Parser)]
-#[command(name = "postbox", version, max_term_width = 110)]
+#[command(name = "postbox", version)]
 struct Cli {
     #[command(flatten)]
     database: Database,
@@ -46,7 +46,7 @@ async fn main() -> ExitCode {
     let Cli { database, command } = Cli::parse();
     log_to_stderr(match command {
         Command::Run(_) => "info,sqlx::postgres::notice=warn",
-        _ => "warn",
+        _ => "warn,sqlx=error",
     });
     let result = match command {
         Command::Migrate(args) => migrate::run(&database, args).await,
