@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use postbox_dispatcher::status;
 use postbox_testkit::{TestDatabase, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -137,9 +138,15 @@ impl Drop for Running {
     }
 }
 
-/// `postbox run`.
-fn dispatcher(db: &TestDatabase) -> Running {
-    Running::start(postbox(db, &["run"]).stdout(Stdio::null()).stderr(Stdio::null()))
+/// `postbox run`, connected.
+async fn dispatcher(db: &TestDatabase) -> Running {
+    let running = Running::start(postbox(db, &["run"]).stdout(Stdio::null()).stderr(Stdio::null()));
+    eventually(PATIENCE, async || match status::dispatchers(db.pool()).await {
+        Ok(1) => Ok(()),
+        other => Err(format!("dispatchers: {other:?}")),
+    })
+    .await;
+    running
 }
 
 /// Messages 0, 1, 2, … without keys, as JSON lines.
@@ -157,7 +164,7 @@ async fn count(db: &TestDatabase) -> i64 {
 #[tokio::test]
 async fn what_is_published_is_consumed_with_every_field_and_in_the_order_of_its_key() {
     let db = TestDatabase::new().await.unwrap();
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     let arguments = [
         "publish",
         "orders",
@@ -225,8 +232,8 @@ async fn what_is_published_is_consumed_with_every_field_and_in_the_order_of_its_
         (&text["payload_base64"], &text["key"]),
         (&json!("dGFiCWhlcmU="), &Value::Null)
     );
-    for key in 0..7 {
-        let of_key = lines.iter().filter(|line| line["key"] == key.to_string());
+    for key in ["0", "1", "2", "3", "4", "5", "6"] {
+        let of_key = lines.iter().filter(|line| line["key"] == key);
         let numbers: Vec<i64> = of_key
             .map(|line| line["payload"]["n"].as_i64().unwrap())
             .collect();
@@ -331,7 +338,7 @@ async fn a_deduplication_key_publishes_once() {
 #[tokio::test]
 async fn after_a_closed_pipe_it_ends_with_success_and_unprinted_messages_come_again() {
     let db = TestDatabase::new().await.unwrap();
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     // Much more than fits into a pipe.
     let lines: String = (0..200)
         .map(|n| format!("\"{n} {}\"\n", "x".repeat(8192)))
@@ -361,7 +368,7 @@ async fn after_a_closed_pipe_it_ends_with_success_and_unprinted_messages_come_ag
 #[tokio::test]
 async fn a_closed_pipe_is_noticed_without_another_message() {
     let db = TestDatabase::new().await.unwrap();
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     succeed(run(&db, &["publish", "t", "--payload", "1"]));
     let mut consuming = Running::start(&mut postbox(&db, &["consume", "t", "--group", "g"]));
     let mut line = String::new();
@@ -373,7 +380,7 @@ async fn a_closed_pipe_is_noticed_without_another_message() {
 #[tokio::test]
 async fn a_graceful_stop_loses_nothing_and_repeats_nothing() {
     let db = TestDatabase::new().await.unwrap();
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     let lines: String = (0..20_000).map(|n| format!("{{\"k\": {}}}\n", n % 13)).collect();
     succeed(run_with_input(&db, &["publish", "t", "--key-field", "k"], &lines));
     let consume = ["consume", "t", "--group", "g", "--json", "--concurrency", "16"];
@@ -406,7 +413,7 @@ async fn a_graceful_stop_loses_nothing_and_repeats_nothing() {
 #[tokio::test]
 async fn max_acknowledges_exactly_so_many() {
     let db = TestDatabase::new().await.unwrap();
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     succeed(run_with_input(&db, &["publish", "t"], &numbers(50)));
     let consume = |max| {
         offsets(&succeed(run(
@@ -445,7 +452,7 @@ async fn max_acknowledges_exactly_so_many() {
 #[tokio::test]
 async fn a_failing_command_is_retried_and_keeps_the_order_of_its_key() {
     let db = TestDatabase::new().await.unwrap();
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     for (key, payload) in [("a", "1"), ("a", "2"), ("b", "3"), ("a", "4"), ("b", "5")] {
         succeed(run(
             &db,
@@ -503,7 +510,7 @@ async fn a_failing_command_is_retried_and_keeps_the_order_of_its_key() {
 #[tokio::test]
 async fn a_command_that_takes_too_long_is_killed_with_its_children_and_retried() {
     let db = TestDatabase::new().await.unwrap();
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     succeed(run(&db, &["publish", "t", "--payload", "1"]));
     // The child would hold standard output open, and the test would wait for it.
     let command = r#"echo $POSTBOX_ATTEMPT; [ "$POSTBOX_ATTEMPT" -gt 1 ] || { sleep 1000 & wait; }"#;
@@ -525,7 +532,7 @@ async fn a_command_that_takes_too_long_is_killed_with_its_children_and_retried()
 #[tokio::test]
 async fn a_command_need_not_read_its_input() {
     let db = TestDatabase::new().await.unwrap();
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     let large = "x".repeat(500_000);
     succeed(run_with_input(
         &db,
@@ -553,7 +560,7 @@ async fn a_command_need_not_read_its_input() {
 #[tokio::test]
 async fn only_the_types_asked_for_are_printed() {
     let db = TestDatabase::new().await.unwrap();
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     for arguments in [&["--type", "a"][..], &["--type", "b"], &["--type", "c"], &[]] {
         succeed(run(
             &db,
@@ -609,7 +616,7 @@ async fn status_shows_topics_subscriptions_consumers_and_dispatchers() {
     let db = TestDatabase::new().await.unwrap();
     let empty: Value = serde_json::from_str(&succeed(run(&db, &["status", "--json"]))).unwrap();
     assert_eq!((&empty["dispatchers"], &empty["topics"]), (&json!(0), &json!([])));
-    let _dispatcher = dispatcher(&db);
+    let _dispatcher = dispatcher(&db).await;
     succeed(run_with_input(&db, &["publish", "orders"], &numbers(5)));
     succeed(run(&db, &["consume", "orders", "--group", "mail", "--max", "2"]));
     let _consumer = Running::start(&mut postbox(&db, &["consume", "orders", "--group", "other"]));
