@@ -497,18 +497,18 @@ impl Executor {
             let index = (offset - block.base) as usize;
             let lane = lane_of(offset, block.key_hash(index), self.lane_count);
             if self.streams[n].lanes.contains(&lane) && self.is_due(lane, offset) {
-                match &block.entries[index] {
-                    Entry::Message(_) => {
-                        if let Some(record) = Record::new(&block, index) {
-                            self.admit(record, offset, lane);
-                        }
-                    }
-                    Entry::Unread(_) => {
-                        self.streams[n].block = None;
-                        self.read(offset, true, 0);
-                        return taken > 0;
-                    }
-                    Entry::Gone(_) => {
+                if let Entry::Unread(_) = &block.entries[index] {
+                    // Read before the lane was claimed.
+                    self.streams[n].block = None;
+                    self.read(offset, true, 0);
+                    return taken > 0;
+                }
+                if let Some(lane) = self.lanes.get_mut(&lane) {
+                    lane.pending.remove(&offset);
+                }
+                match Record::new(&block, index) {
+                    Some(record) => self.admit(record, offset, lane),
+                    None => {
                         error!(topic = %self.plan.topic, group = %self.plan.group, offset, "the message's row is gone; it is skipped");
                         Counters::add(&self.plan.counters.gone);
                     }
@@ -528,10 +528,10 @@ impl Executor {
     }
 
     /// Whether an offset of an owned lane was not settled before the lane was claimed.
-    fn is_due(&mut self, lane: u16, offset: i64) -> bool {
-        let Some(lane) = self.lanes.get_mut(&lane) else { return false };
-        let was_pending = offset >= lane.cut || lane.pending.remove(&offset);
-        was_pending && !lane.done.remove(&offset)
+    fn is_due(&self, lane: u16, offset: i64) -> bool {
+        self.lanes.get(&lane).is_some_and(|lane| {
+            (offset >= lane.cut || lane.pending.contains(&offset)) && !lane.done.contains(&offset)
+        })
     }
 
     fn merge_streams(&mut self) {
