@@ -734,10 +734,17 @@ impl Executor {
     }
 
     fn failed(&mut self, job: Job, failure: HandlerError) {
-        Counters::add(&self.plan.counters.failed);
         let message = job.record.message();
         let wait = match failure.decision {
+            Decision::Postpone(wait) => {
+                debug!(
+                    group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %message.id,
+                    offset = job.offset, reason = failure.reason, ?wait, "the handler postpones the message"
+                );
+                return self.retry(job, wait);
+            }
             Decision::Discard => {
+                Counters::add(&self.plan.counters.failed);
                 Counters::add(&self.plan.counters.discarded);
                 warn!(
                     group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %message.id,
@@ -748,6 +755,7 @@ impl Executor {
             Decision::RetryIn(wait) => wait,
             Decision::Retry => job.handler.retry.wait(job.attempt, chance(message.seq, job.attempt)),
         };
+        Counters::add(&self.plan.counters.failed);
         warn!(
             group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %message.id,
             offset = job.offset, attempt = job.attempt, error = failure.reason, retry_in = ?wait, "the handler failed"
