@@ -14,12 +14,18 @@ pub(crate) struct Airline {
     pool: PgPool,
 }
 
-const DEPART: &str = "UPDATE flight SET state = 'departed', departed_at = $2, departure_delay = $3 WHERE id = $1";
-const ARRIVE: &str = "UPDATE flight SET state = 'arrived', arrived_at = $2, arrival_delay = $3 WHERE id = $1";
-const CANCEL: &str = "UPDATE flight SET state = 'cancelled' WHERE id = $1";
+/// Counts the event for the aircraft, if the flight has one. The row's lock is held to the commit, so the numbers of an
+/// aircraft's events are in the order of their transactions.
+const DEPART: &str = "WITH flight AS ( \
+         UPDATE flight SET state = 'departed', departed_at = $2, departure_delay = $3 WHERE id = $1 RETURNING aircraft) \
+     UPDATE aircraft SET events = events + 1 FROM flight WHERE tail_number = flight.aircraft RETURNING events";
 
-/// The row's lock is held to the commit, so the numbers of an aircraft's events are in the order of their transactions.
-const NEXT_EVENT: &str = "UPDATE aircraft SET events = events + 1 WHERE tail_number = $1 RETURNING events";
+const ARRIVE: &str = "WITH flight AS ( \
+         UPDATE flight SET state = 'arrived', arrived_at = $2, arrival_delay = $3 WHERE id = $1 RETURNING aircraft) \
+     UPDATE aircraft SET events = events + 1 FROM flight WHERE tail_number = flight.aircraft RETURNING events";
+
+const CANCEL: &str = "WITH flight AS (UPDATE flight SET state = 'cancelled' WHERE id = $1 RETURNING aircraft) \
+     UPDATE aircraft SET events = events + 1 FROM flight WHERE tail_number = flight.aircraft RETURNING events";
 
 impl Airline {
     pub(crate) fn new(pool: PgPool) -> Self {
@@ -32,16 +38,17 @@ impl Airline {
         let mut tx = self.pool.begin().await?;
 
         let update = match *what {
-            What::Departed { delay_minutes } => sqlx::query(DEPART).bind(flight.id).bind(at).bind(delay_minutes),
-            What::Arrived { delay_minutes } => sqlx::query(ARRIVE).bind(flight.id).bind(at).bind(delay_minutes),
-            What::Cancelled => sqlx::query(CANCEL).bind(flight.id),
+            What::Departed { delay_minutes } => sqlx::query_scalar(DEPART)
+                .bind(flight.id)
+                .bind(at)
+                .bind(delay_minutes),
+            What::Arrived { delay_minutes } => sqlx::query_scalar(ARRIVE)
+                .bind(flight.id)
+                .bind(at)
+                .bind(delay_minutes),
+            What::Cancelled => sqlx::query_scalar(CANCEL).bind(flight.id),
         };
-        update.execute(&mut *tx).await?;
-        let nth: Option<i32> = match &flight.aircraft {
-            Some(tail_number) => Some(sqlx::query_scalar(NEXT_EVENT).bind(tail_number).fetch_one(&mut *tx).await?),
-            None => None,
-        };
-
+        let nth = update.fetch_optional(&mut *tx).await?;
         tx.publish(&event(flight, *what, nth)).await?;
         tx.commit().await?;
         Ok(())
@@ -50,7 +57,9 @@ impl Airline {
     /// Makes the tables and fills in the schedule.
     pub(crate) async fn open(&self, flights: &[Arc<Flight>]) -> Result<()> {
         let mut tx = self.pool.begin().await?;
-        sqlx::raw_sql(include_str!("schema.sql")).execute(&mut *tx).await?;
+        sqlx::raw_sql(include_str!("schema.sql"))
+            .execute(&mut *tx)
+            .await?;
         let aircraft: Vec<Option<&str>> = flights.iter().map(|flight| flight.aircraft.as_deref()).collect();
         sqlx::query("INSERT INTO aircraft SELECT DISTINCT a FROM unnest($1::text[]) a WHERE a IS NOT NULL")
             .bind(&aircraft)

@@ -58,7 +58,11 @@ impl History {
             let record: Record = record.context("read the flights")?;
             let changes = record.changes();
             let flight = Arc::new(record.into_flight(n as i32));
-            history.changes.extend(changes.map(|(at, what)| Change { at, flight: flight.clone(), what }));
+            history.changes.extend(changes.map(|(at, what)| Change {
+                at,
+                flight: flight.clone(),
+                what,
+            }));
             history.flights.push(flight);
         }
         // A stable sort: a flight's changes keep their order.
@@ -99,7 +103,9 @@ impl Record {
     /// What happened, with its time.
     fn changes(&self) -> impl Iterator<Item = (DateTime<Utc>, What)> + use<> {
         let Some(departed) = self.departure() else {
-            return [Some((self.scheduled_at(), What::Cancelled)), None].into_iter().flatten();
+            return [Some((self.scheduled_at(), What::Cancelled)), None]
+                .into_iter()
+                .flatten();
         };
         [Some(departed), self.arrival(departed.0)].into_iter().flatten()
     }
@@ -179,7 +185,11 @@ mod tests {
     #[test]
     fn a_journey_is_its_time_in_the_air_and_less_than_an_hour_of_taxiing() {
         assert_eq!(minutes(517, 700, 80), 103, "in the same zone");
-        assert_eq!(minutes(900, 1220, 350), 380, "three hours west, by local clocks 3:20");
+        assert_eq!(
+            minutes(900, 1220, 350),
+            380,
+            "three hours west, by local clocks 3:20"
+        );
         assert_eq!(minutes(1000, 1540, 230), 280, "one hour east");
     }
 
@@ -195,10 +205,20 @@ mod tests {
     fn the_month_has_every_change_in_the_order_of_time() {
         let history = History::january().unwrap();
         assert_eq!(history.flights.len(), 27_004);
-        let count = |wanted: fn(&What) -> bool| history.changes.iter().filter(|change| wanted(&change.what)).count();
+        let count = |wanted: fn(&What) -> bool| {
+            history
+                .changes
+                .iter()
+                .filter(|change| wanted(&change.what))
+                .count()
+        };
         assert_eq!(count(|what| *what == What::Cancelled), 521);
         assert_eq!(count(|what| matches!(what, What::Departed { .. })), 26_483);
-        assert_eq!(count(|what| matches!(what, What::Arrived { .. })), 26_398, "85 were diverted");
+        assert_eq!(
+            count(|what| matches!(what, What::Arrived { .. })),
+            26_398,
+            "85 were diverted"
+        );
         assert!(history.changes.is_sorted_by_key(|change| change.at));
     }
 }

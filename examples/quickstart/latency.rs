@@ -24,10 +24,16 @@ pub(crate) struct Latency {
 impl Latencies {
     pub(crate) fn note(&self, delivery: &Delivery) {
         // Where the database has another machine's clock, it may be ahead of ours.
-        let micros = (Utc::now() - delivery.published_at).num_microseconds().unwrap_or(i64::MAX).max(0);
+        let micros = (Utc::now() - delivery.published_at)
+            .num_microseconds()
+            .unwrap_or(i64::MAX)
+            .max(0);
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        let group = groups.entry(delivery.group.clone()).or_insert_with(|| Latency { micros: Vec::new(), last: now });
+        let group = groups.entry(delivery.group.clone()).or_insert_with(|| Latency {
+            micros: Vec::new(),
+            last: now,
+        });
         group.micros.push(u32::try_from(micros).unwrap_or(u32::MAX));
         group.last = now;
     }
@@ -35,7 +41,10 @@ impl Latencies {
     /// Each group with what was measured.
     pub(crate) fn groups(&self) -> Vec<(Arc<str>, Latency)> {
         let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        groups.iter().map(|(group, latency)| (group.clone(), latency.clone())).collect()
+        groups
+            .iter()
+            .map(|(group, latency)| (group.clone(), latency.clone()))
+            .collect()
     }
 }
 

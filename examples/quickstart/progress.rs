@@ -1,6 +1,7 @@
 //! How far everything is, on standard error, and whether it is done.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
 use std::time::Duration;
@@ -22,7 +23,7 @@ pub(crate) struct Progress<'a> {
 
 impl Progress<'_> {
     /// Shows it until it is dropped.
-    pub(crate) async fn show(&self) {
+    pub(crate) async fn show(&self) -> Infallible {
         let terminal = std::io::stderr().is_terminal();
         let mut ticks = tokio::time::interval(Duration::from_millis(if terminal { 100 } else { 2_000 }));
         loop {
@@ -57,7 +58,11 @@ impl Progress<'_> {
                     .filter(|(_, (handled, due))| handled < due)
                     .map(|(group, (handled, due))| format!("{group} has handled {handled} of {due} events"))
                     .collect();
-                bail!("nothing was handled for {} s: {}", PATIENCE.as_secs(), late.join(", "));
+                bail!(
+                    "nothing was handled for {} s: {}",
+                    PATIENCE.as_secs(),
+                    late.join(", ")
+                );
             }
             before = groups;
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -69,7 +74,11 @@ impl Progress<'_> {
     fn groups(&self) -> BTreeMap<String, (u64, u64)> {
         let mut groups = BTreeMap::new();
         for (group, handled) in self.nodes.iter().flat_map(Node::handled) {
-            let copies = if group.starts_with("broadcast/") { self.nodes.len() as u64 } else { 1 };
+            let copies = if group.starts_with("broadcast/") {
+                self.nodes.len() as u64
+            } else {
+                1
+            };
             let (sum, due) = groups.entry(group).or_insert((0, 0));
             *sum += handled;
             *due = copies * self.replay.published();

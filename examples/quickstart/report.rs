@@ -3,9 +3,8 @@
 use std::fmt;
 use std::time::Duration;
 
-use tokio::time::Instant;
-
-use crate::latency::{Latencies, Latency};
+use crate::latency::Latency;
+use crate::outcome::Outcome;
 use crate::verification::Check;
 
 pub(crate) struct Report {
@@ -17,23 +16,29 @@ pub(crate) struct Report {
 struct Row {
     name: String,
     messages: u64,
-    deliveries: u64,
     took: Duration,
     latency: Option<Latency>,
 }
 
 impl Report {
-    /// `published` within `publishing`, which began at `begun`, as everything did.
-    pub(crate) fn new(checks: Vec<Check>, latencies: &Latencies, published: u64, begun: Instant, publishing: Duration) -> Self {
-        let publisher =
-            Row { name: String::from("(published)"), messages: published, deliveries: 0, took: publishing, latency: None };
-        let groups = latencies.groups().into_iter().map(|(group, latency)| Row {
-            name: group.to_string(),
-            messages: published,
-            deliveries: latency.deliveries() as u64,
-            took: latency.last - begun,
-            latency: Some(latency),
-        });
+    pub(crate) fn new(outcome: &Outcome, checks: Vec<Check>) -> Self {
+        let messages = outcome.published;
+        let publisher = Row {
+            name: String::from("(published)"),
+            messages,
+            took: outcome.publishing,
+            latency: None,
+        };
+        let groups = outcome
+            .latencies
+            .groups()
+            .into_iter()
+            .map(|(group, latency)| Row {
+                name: group.to_string(),
+                messages,
+                took: latency.last - outcome.begun,
+                latency: Some(latency),
+            });
         let rows = std::iter::once(publisher).chain(groups).collect();
         Self { checks, rows }
     }
@@ -65,21 +70,15 @@ impl fmt::Display for Report {
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let count = self.deliveries.max(self.messages) as f64;
-        let rate = count / self.took.as_secs_f64();
+        let per_second = |count: u64| thousands((count as f64 / self.took.as_secs_f64()) as u64);
         write!(f, "{:<24} {:>9} ", self.name, thousands(self.messages))?;
         let Some(latency) = &self.latency else {
-            return writeln!(f, "{:>11} {:>9}", "", thousands(rate as u64));
+            return writeln!(f, "{:>11} {:>9}", "", per_second(self.messages));
         };
+        let deliveries = latency.deliveries() as u64;
+        write!(f, "{:>11} {:>9} ", thousands(deliveries), per_second(deliveries))?;
         let quantile = |share| format!("{:.1} ms", latency.quantile(share).as_secs_f64() * 1e3);
-        writeln!(
-            f,
-            "{:>11} {:>9} {:>9} {:>9}",
-            thousands(self.deliveries),
-            thousands(rate as u64),
-            quantile(0.5),
-            quantile(0.99)
-        )
+        writeln!(f, "{:>9} {:>9}", quantile(0.5), quantile(0.99))
     }
 }
 
@@ -102,6 +101,9 @@ mod tests {
 
     #[test]
     fn thousands_are_separated() {
-        assert_eq!([0, 999, 1_000, 53_402, 1_234_567].map(thousands), ["0", "999", "1,000", "53,402", "1,234,567"]);
+        assert_eq!(
+            [0, 999, 1_000, 53_402, 1_234_567].map(thousands),
+            ["0", "999", "1,000", "53,402", "1,234,567"]
+        );
     }
 }

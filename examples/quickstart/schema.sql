@@ -22,13 +22,15 @@ CREATE TABLE flight (
 ) WITH (fillfactor = 60);
 
 -- What the group "statistics" keeps.
-CREATE TABLE carrier_statistics (
-    carrier               text PRIMARY KEY,
+CREATE TABLE delay_statistics (
+    carrier               text,
+    destination           text,
     departures            bigint NOT NULL,
     departure_delay       bigint NOT NULL,
     worst_departure_delay integer,
     arrivals              bigint NOT NULL,
     arrival_delay         bigint NOT NULL,
     worst_arrival_delay   integer,
-    cancellations         bigint NOT NULL
+    cancellations         bigint NOT NULL,
+    PRIMARY KEY (carrier, destination)
 ) WITH (fillfactor = 20);

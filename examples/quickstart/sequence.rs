@@ -38,12 +38,16 @@ pub(crate) async fn check_order(
     latencies.note(&delivery);
     let leg = event.leg();
     // Without an aircraft there is no key, and no order.
-    let (Some(aircraft), Some(nth)) = (&leg.aircraft, leg.nth) else { return };
+    let (Some(aircraft), Some(nth)) = (&leg.aircraft, leg.nth) else {
+        return;
+    };
     let mut seen = sequence.seen();
     let last = seen.last.entry(aircraft.clone()).or_default();
     let next = *last + 1;
     *last = nth;
     if nth != next {
-        seen.violations.push(format!("aircraft {aircraft}: event {nth} came where {next} was due"));
+        seen.violations.push(format!(
+            "aircraft {aircraft}: event {nth} came where {next} was due"
+        ));
     }
 }

@@ -1,4 +1,4 @@
-//! The group `statistics`: how late each airline is, exactly once.
+//! The group `statistics`: how late each airline is to each destination, exactly once.
 
 use postbox_consumer::{Delivery, HandlerError, State, Tx, handler};
 use sqlx::FromRow;
@@ -10,6 +10,7 @@ use crate::latency::Latencies;
 #[derive(Debug, Default, PartialEq, FromRow)]
 pub(crate) struct Statistics {
     pub(crate) carrier: String,
+    pub(crate) destination: String,
     pub(crate) departures: i64,
     /// Of all departures together, in minutes.
     pub(crate) departure_delay: i64,
@@ -20,8 +21,8 @@ pub(crate) struct Statistics {
     pub(crate) cancellations: i64,
 }
 
-const ADD: &str = "INSERT INTO carrier_statistics AS s VALUES ($1, $2, $3, $4, $5, $6, $7, $8) \
-     ON CONFLICT (carrier) DO UPDATE SET \
+const ADD: &str = "INSERT INTO delay_statistics AS s VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) \
+     ON CONFLICT (carrier, destination) DO UPDATE SET \
          departures = s.departures + excluded.departures, \
          departure_delay = s.departure_delay + excluded.departure_delay, \
          worst_departure_delay = greatest(s.worst_departure_delay, excluded.worst_departure_delay), \
@@ -41,6 +42,7 @@ pub(crate) async fn count_delays(
     let one = Statistics::of(event);
     sqlx::query(ADD)
         .bind(one.carrier)
+        .bind(one.destination)
         .bind(one.departures)
         .bind(one.departure_delay)
         .bind(one.worst_departure_delay)
@@ -59,6 +61,7 @@ impl Statistics {
         match event {
             FlightEvent::Departed { leg, delay_minutes } => Self {
                 carrier: leg.carrier,
+                destination: leg.destination,
                 departures: 1,
                 departure_delay: delay_minutes.into(),
                 worst_departure_delay: Some(delay_minutes),
@@ -66,12 +69,18 @@ impl Statistics {
             },
             FlightEvent::Arrived { leg, delay_minutes } => Self {
                 carrier: leg.carrier,
+                destination: leg.destination,
                 arrivals: 1,
                 arrival_delay: delay_minutes.into(),
                 worst_arrival_delay: Some(delay_minutes),
                 ..Self::default()
             },
-            FlightEvent::Cancelled { leg } => Self { carrier: leg.carrier, cancellations: 1, ..Self::default() },
+            FlightEvent::Cancelled { leg } => Self {
+                carrier: leg.carrier,
+                destination: leg.destination,
+                cancellations: 1,
+                ..Self::default()
+            },
         }
     }
 }
