@@ -497,18 +497,18 @@ impl Executor {
             let index = (offset - block.base) as usize;
             let lane = lane_of(offset, block.key_hash(index), self.lane_count);
             if self.streams[n].lanes.contains(&lane) && self.is_due(lane, offset) {
-                match &block.entries[index] {
-                    Entry::Message(_) => {
-                        if let Some(record) = Record::new(&block, index) {
-                            self.admit(record, offset, lane);
-                        }
-                    }
-                    Entry::Unread(_) => {
-                        self.streams[n].block = None;
-                        self.read(offset, true, 0);
-                        return taken > 0;
-                    }
-                    Entry::Gone(_) => {
+                if let Entry::Unread(_) = &block.entries[index] {
+                    // Read before the lane was claimed.
+                    self.streams[n].block = None;
+                    self.read(offset, true, 0);
+                    return taken > 0;
+                }
+                if let Some(lane) = self.lanes.get_mut(&lane) {
+                    lane.pending.remove(&offset);
+                }
+                match Record::new(&block, index) {
+                    Some(record) => self.admit(record, offset, lane),
+                    None => {
                         error!(topic = %self.plan.topic, group = %self.plan.group, offset, "the message's row is gone; it is skipped");
                         Counters::add(&self.plan.counters.gone);
                     }
@@ -528,10 +528,10 @@ impl Executor {
     }
 
     /// Whether an offset of an owned lane was not settled before the lane was claimed.
-    fn is_due(&mut self, lane: u16, offset: i64) -> bool {
-        let Some(lane) = self.lanes.get_mut(&lane) else { return false };
-        let was_pending = offset >= lane.cut || lane.pending.remove(&offset);
-        was_pending && !lane.done.remove(&offset)
+    fn is_due(&self, lane: u16, offset: i64) -> bool {
+        self.lanes.get(&lane).is_some_and(|lane| {
+            (offset >= lane.cut || lane.pending.contains(&offset)) && !lane.done.contains(&offset)
+        })
     }
 
     fn merge_streams(&mut self) {
@@ -734,10 +734,17 @@ impl Executor {
     }
 
     fn failed(&mut self, job: Job, failure: HandlerError) {
-        Counters::add(&self.plan.counters.failed);
         let message = job.record.message();
         let wait = match failure.decision {
+            Decision::Postpone(wait) => {
+                debug!(
+                    group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %message.id,
+                    offset = job.offset, reason = failure.reason, ?wait, "the handler postpones the message"
+                );
+                return self.retry(job, wait);
+            }
             Decision::Discard => {
+                Counters::add(&self.plan.counters.failed);
                 Counters::add(&self.plan.counters.discarded);
                 warn!(
                     group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %message.id,
@@ -748,6 +755,7 @@ impl Executor {
             Decision::RetryIn(wait) => wait,
             Decision::Retry => job.handler.retry.wait(job.attempt, chance(message.seq, job.attempt)),
         };
+        Counters::add(&self.plan.counters.failed);
         warn!(
             group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %message.id,
             offset = job.offset, attempt = job.attempt, error = failure.reason, retry_in = ?wait, "the handler failed"

@@ -246,6 +246,8 @@ pub(crate) enum Decision {
     RetryIn(Duration),
     /// Not again: it is settled and counted.
     Discard,
+    /// After this span, as if it had not run.
+    Postpone(Duration),
 }
 
 impl HandlerError {
@@ -257,6 +259,12 @@ impl HandlerError {
     /// Retried after a span, whatever the policy's backoff says.
     pub fn retry_in(span: Duration, why: impl fmt::Display) -> Self {
         Self { decision: Decision::RetryIn(span), reason: why.to_string() }
+    }
+
+    /// Not a failure: the message runs again after a span as if it had not run, so nothing is counted or logged and the attempt keeps its
+    /// number. Its key waits for it. For a handler that cannot do its work now through no fault of the message.
+    pub fn postpone(span: Duration, why: impl fmt::Display) -> Self {
+        Self { decision: Decision::Postpone(span), reason: why.to_string() }
     }
 
     /// Not retried: the message is settled, counted and logged.

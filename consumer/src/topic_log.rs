@@ -93,13 +93,14 @@ impl TopicLog {
                 None => {
                     let generation = state.generation;
                     let this = self.clone();
-                    let read = async move {
+                    // A task of its own, so that a reader which loses interest does not leave a connection held.
+                    let task = tokio::spawn(async move {
                         let result = this.load(from, generation).await.map_err(Arc::new);
                         this.lock().reading.remove(&from);
                         result
-                    }
-                    .boxed()
-                    .shared();
+                    });
+                    let read = task.map(|result| result.unwrap_or_else(|error| Err(Arc::new(ended(&error)))));
+                    let read = read.boxed().shared();
                     state.reading.insert(from, read.clone());
                     read
                 }
@@ -189,18 +190,19 @@ impl TopicLog {
         }
     }
 
-    /// Which messages anybody in this process wants.
+    /// Which messages anybody in this process wants at this moment. The answer does not change while it is used: a lane that is claimed
+    /// during a read must not make its messages, which were not read, look as if they were gone.
     fn wants(&self) -> impl Fn(i64, Option<i32>) -> bool + use<> {
-        let mut interests = Vec::new();
+        let mut owned: Vec<OwnedLanes> = Vec::new();
         self.lock().interests.retain(|weak| match weak.upgrade() {
             Some(interest) => {
-                interests.push(interest);
+                owned.push(interest.now());
                 true
             }
             None => false,
         });
-        let all = interests.iter().any(|interest| interest.is_all());
-        move |offset, key| all || interests.iter().any(|interest| interest.wants(offset, key))
+        let all = owned.iter().any(OwnedLanes::is_all);
+        move |offset, key| all || owned.iter().any(|lanes| lanes.contain(offset, key))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -229,6 +231,10 @@ impl State {
             self.age.retain(|known| *known != base);
         }
     }
+}
+
+fn ended(error: &tokio::task::JoinError) -> postbox::Error {
+    postbox::Error::Database(sqlx::Error::Io(std::io::Error::other(format!("the read ended early: {error}"))))
 }
 
 /// Where a block that begins at `from` ends.
@@ -270,13 +276,26 @@ impl Interest {
         }
     }
 
+    fn now(&self) -> OwnedLanes {
+        let owned = self.owned.iter().map(|word| word.load(Ordering::Relaxed)).collect();
+        OwnedLanes { lanes: self.lanes, owned }
+    }
+}
+
+/// The lanes of a subscription that this process owned at one moment.
+struct OwnedLanes {
+    lanes: u16,
+    owned: Vec<u64>,
+}
+
+impl OwnedLanes {
     fn is_all(&self) -> bool {
-        let owned: u32 = self.owned.iter().map(|word| word.load(Ordering::Relaxed).count_ones()).sum();
+        let owned: u32 = self.owned.iter().map(|word| word.count_ones()).sum();
         owned == u32::from(self.lanes)
     }
 
-    fn wants(&self, offset: i64, key: Option<i32>) -> bool {
+    fn contain(&self, offset: i64, key: Option<i32>) -> bool {
         let lane = lane_of(offset, key, self.lanes);
-        self.owned[usize::from(lane / 64)].load(Ordering::Relaxed) & (1 << (lane % 64)) != 0
+        self.owned[usize::from(lane / 64)] & (1 << (lane % 64)) != 0
     }
 }

@@ -105,10 +105,15 @@ pub async fn read(pool: &PgPool) -> Result<Status, postbox::Error> {
     postbox::check_schema(pool).await?;
     Ok(Status {
         schema_version: postbox::SCHEMA_VERSION,
-        dispatchers: sqlx::query_scalar(DISPATCHERS).fetch_one(pool).await?,
+        dispatchers: dispatchers(pool).await?,
         last_tick_at: sqlx::query_scalar("SELECT at FROM postbox.tick ORDER BY id DESC LIMIT 1").fetch_optional(pool).await?,
         topics: sqlx::query_as(TOPICS).fetch_all(pool).await?,
         subscriptions: sqlx::query_as(SUBSCRIPTIONS).fetch_all(pool).await?,
         consumers: sqlx::query_as(CONSUMERS).fetch_all(pool).await?,
     })
+}
+
+/// How many dispatchers are connected. While there is none, messages wait in the outbox.
+pub async fn dispatchers(pool: &PgPool) -> Result<i64, postbox::Error> {
+    Ok(sqlx::query_scalar(DISPATCHERS).fetch_one(pool).await?)
 }

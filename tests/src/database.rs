@@ -9,20 +9,24 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
 
 use crate::template::{self, execute, is_plain};
-use crate::{Error, TestPostgres, processes, url};
+use crate::{Error, TestPostgres, processes, removal, url};
 
 const PREFIX: &str = "postbox_test_";
 
 /// In a server that other machines may use, where processes' numbers say nothing.
 const OLD: Duration = Duration::from_secs(60 * 60);
 
+/// Another advisory lock than the template's.
+const CLEANING_LOCK: i64 = template::LOCK + 1;
+
 /// The default pool's size.
 const CONNECTIONS: u32 = 10;
 
 /// A database that nobody else uses, dropped with this value.
 ///
-/// Dropping ends the database's sessions and waits until it is gone, some ten milliseconds. What killed
-/// tests leave is dropped by the next run (in the server of `DATABASE_URL`: when it is an hour old).
+/// Dropping ends the database's sessions and waits until it is gone, some ten milliseconds and two seconds at
+/// most. What is left then, or by killed tests, is dropped by the next run (in the server of `DATABASE_URL`: when
+/// it is an hour old).
 ///
 /// ```no_run
 /// # async fn a_test() -> Result<(), postbox_testkit::Error> {
@@ -62,7 +66,7 @@ impl TestDatabase {
 
     pub(crate) async fn migrated_in(server: TestPostgres) -> Result<Self, Error> {
         let mut connection = enter(&server).await?;
-        let template = template::ensure(&mut connection, server.url()).await?;
+        let template = template::ensure(&mut connection, &server).await?;
         let name = fresh_name();
         let copy = format!("create database {name} template {template}");
         if let Err(error) = execute(&mut connection, copy.clone()).await {
@@ -72,7 +76,7 @@ impl TestDatabase {
             if !is_gone {
                 return Err(error);
             }
-            template::ensure(&mut connection, server.url()).await?;
+            template::ensure(&mut connection, &server).await?;
             execute(&mut connection, copy).await?;
         }
         Self::open(server, connection, name).await
@@ -144,38 +148,34 @@ impl Drop for TestDatabase {
     fn drop(&mut self) {
         let (server, name) = (self.server.url().to_owned(), self.name.clone());
         // A thread, because nobody awaits a drop, and the test's own runtime may be ending.
-        let thread = std::thread::spawn(move || drop_database(&server, &name));
+        let thread = std::thread::spawn(move || drop_now(&server, &name));
         let _ = thread.join();
     }
 }
 
 /// As well as it goes: a stopped server has other ways to lose its data.
-fn drop_database(server_url: &str, name: &str) {
+fn drop_now(server_url: &str, name: &str) {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
         return;
     };
     let work = async {
-        let mut connection = PgConnection::connect(server_url).await?;
-        let dropped = execute(
-            &mut connection,
-            format!("drop database if exists {name} with (force)"),
-        )
-        .await;
-        if let Err(error) = dropped {
-            tracing::debug!(%error, "left for the next run");
-        }
-        connection.close().await
+        let mut connection = removal::connect(server_url).await?;
+        removal::drop_database(&mut connection, name).await?;
+        connection.close().await.map_err(Error::sql("disconnect"))
     };
-    let _ = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), work).await });
+    let done = runtime.block_on(async { tokio::time::timeout(2 * removal::TIMEOUT, work).await });
+    if !matches!(done, Ok(Ok(()))) {
+        tracing::debug!(name, ?done, "left for the next run");
+    }
 }
 
 /// A connection to the maintenance database; the first one of the process cleans up there.
 async fn enter(server: &TestPostgres) -> Result<PgConnection, Error> {
-    let mut connection = PgConnection::connect(server.url())
+    let connection = PgConnection::connect(server.url())
         .await
         .map_err(Error::sql("connect to the server"))?;
     if is_first_visit(server) {
-        drop_leftovers(server, &mut connection).await?;
+        drop_leftovers(server).await?;
     }
     Ok(connection)
 }
@@ -186,21 +186,38 @@ fn is_first_visit(server: &TestPostgres) -> bool {
     visited.get_or_insert_default().insert(server.url().to_owned())
 }
 
-async fn drop_leftovers(server: &TestPostgres, connection: &mut PgConnection) -> Result<(), Error> {
+/// One process at a time; the others need not wait for it.
+async fn drop_leftovers(server: &TestPostgres) -> Result<(), Error> {
+    let looking = || Error::sql("look for databases of former tests");
+    let mut connection = removal::connect(server.url()).await?;
     let names: Vec<String> =
         sqlx::query_scalar("select datname from pg_database where starts_with(datname, $1)")
             .bind(PREFIX)
-            .fetch_all(&mut *connection)
+            .fetch_all(&mut connection)
             .await
-            .map_err(Error::sql("look for databases of former tests"))?;
-    for name in names
+            .map_err(looking())?;
+    let mut leftovers = names
         .iter()
         .filter(|name| is_leftover(name, server.is_of_this_machine()))
-    {
-        // Another process may be faster, or the database another user's.
-        let _ = execute(connection, format!("drop database if exists {name} with (force)")).await;
+        .peekable();
+    if leftovers.peek().is_some() && try_lock(&mut connection).await.map_err(looking())? {
+        for name in leftovers {
+            if removal::drop_database(&mut connection, name).await.is_err() {
+                // Another user's, or a session holds us up: the next process tries again.
+                break;
+            }
+        }
     }
+    let _ = connection.close().await;
     Ok(())
+}
+
+/// Until the connection is closed.
+async fn try_lock(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("select pg_try_advisory_lock($1)")
+        .bind(CLEANING_LOCK)
+        .fetch_one(connection)
+        .await
 }
 
 fn is_leftover(name: &str, of_this_machine: bool) -> bool {

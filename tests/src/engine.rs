@@ -11,7 +11,7 @@ use crate::rundir::RunDir;
 pub(crate) enum Engine {
     Cluster(Cluster),
     #[cfg(feature = "docker")]
-    Container(Container),
+    Container(Box<Container>),
 }
 
 impl Engine {
@@ -26,7 +26,8 @@ impl Engine {
                 Cluster::create(binaries, account, dir, settings).map(Self::Cluster)
             }
             #[cfg(feature = "docker")]
-            Provision::Container(major) => Container::create(major, &dir, &settings).map(Self::Container),
+            Provision::Container(major) => Container::create(major, &dir, &settings)
+                .map(|container| Self::Container(Box::new(container))),
         }
     }
 

@@ -1,17 +1,20 @@
 //! What can go wrong before a test has its database, and what to do about it.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use crate::version::Major;
 
 /// Why there is no server or no database.
-#[derive(Debug, thiserror::Error)]
+///
+/// Its `Debug` is its message, because tests `unwrap` it.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// No rule gave a server.
     #[error(
         "no PostgreSQL for the tests: {tried}. Do one of: set DATABASE_URL to a server where databases may be \
-         created; install PostgreSQL {wanted} (Debian and Ubuntu: `apt-get install postgresql`, Fedora: `dnf \
+         created (tests that stop their server need more); install PostgreSQL {wanted} (Debian and Ubuntu: `apt-get install postgresql`, Fedora: `dnf \
          install postgresql-server`, macOS: `brew install postgresql@18`); install npm, through which the \
          binaries are then fetched; or run Docker and build with the cargo feature `docker`"
     )]
@@ -145,6 +148,12 @@ pub enum Error {
         /// The cause.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl Error {

@@ -38,6 +38,7 @@ mod npm;
 mod postgres;
 mod processes;
 mod provision;
+mod removal;
 mod rundir;
 mod schema;
 mod shared;

@@ -29,7 +29,7 @@ impl Provision {
         };
         let wanted = version::describe(wanted);
         let tried = format!(
-            "DATABASE_URL is not used; no programs of PostgreSQL {wanted} in PATH, in the folder that pg_config \
+            "DATABASE_URL is unset, or the server must be private; no programs of PostgreSQL {wanted} in PATH, in the folder that pg_config \
              names or in the usual folders; {no_npm}; {no_docker}"
         );
         Err(Error::NoPostgres { wanted, tried })

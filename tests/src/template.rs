@@ -5,7 +5,7 @@
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgConnection};
 
-use crate::{Error, schema, url};
+use crate::{Error, TestPostgres, removal, schema, url};
 
 const PREFIX: &str = "postbox_template_";
 
@@ -13,23 +13,25 @@ const PREFIX: &str = "postbox_template_";
 pub(crate) const LOCK: i64 = 0x0070_6f73_7462_6f78;
 
 /// The template's name. It is there on return.
-pub(crate) async fn ensure(connection: &mut PgConnection, server_url: &str) -> Result<String, Error> {
+pub(crate) async fn ensure(connection: &mut PgConnection, server: &TestPostgres) -> Result<String, Error> {
     let name = format!("{PREFIX}{}", schema::fingerprint());
     if exists(connection, &name).await? {
         return Ok(name);
     }
     // One process makes it, the others wait.
     lock(connection, "select pg_advisory_lock($1)").await?;
-    let made = make(connection, server_url, &name).await;
+    let made = make(connection, server, &name).await;
     lock(connection, "select pg_advisory_unlock($1)").await?;
     made.map(|()| name)
 }
 
-async fn make(connection: &mut PgConnection, server_url: &str, name: &str) -> Result<(), Error> {
+async fn make(connection: &mut PgConnection, server: &TestPostgres, name: &str) -> Result<(), Error> {
     if exists(connection, name).await? {
         return Ok(());
     }
-    drop_others(connection, name).await?;
+    if !server.is_of_this_machine() {
+        drop_others(connection, server, name).await?;
+    }
     // It gets its name when it is complete. A process that died here leaves the other name.
     let draft = format!("{name}_draft");
     execute(
@@ -40,7 +42,7 @@ async fn make(connection: &mut PgConnection, server_url: &str, name: &str) -> Re
     execute(connection, format!("create database {draft}")).await?;
     let pool = PgPoolOptions::new()
         .max_connections(2)
-        .connect(&url::with_database(server_url, &draft))
+        .connect(&url::with_database(server.url(), &draft))
         .await
         .map_err(Error::sql(format!("connect to {draft}")))?;
     let migrated = schema::migrate(&pool).await;
@@ -55,22 +57,21 @@ async fn make(connection: &mut PgConnection, server_url: &str, name: &str) -> Re
     execute(connection, format!("alter database {draft} rename to {name}")).await
 }
 
-/// Those of former migrations. Another checkout that still needs one makes it again.
-async fn drop_others(connection: &mut PgConnection, name: &str) -> Result<(), Error> {
+/// Those of former migrations, which would pile up in a server that stays. Another checkout that still needs one
+/// makes it again.
+async fn drop_others(connection: &mut PgConnection, server: &TestPostgres, name: &str) -> Result<(), Error> {
     let others: Vec<String> = sqlx::query_scalar(
         "select datname from pg_database where starts_with(datname, $1) and not starts_with(datname, $2)",
     )
     .bind(PREFIX)
     .bind(name)
-    .fetch_all(&mut *connection)
+    .fetch_all(connection)
     .await
     .map_err(Error::sql("look for templates"))?;
+    let mut connection = removal::connect(server.url()).await?;
     for other in others.iter().filter(|other| is_plain(other)) {
-        execute(
-            connection,
-            format!("drop database if exists {other} with (force)"),
-        )
-        .await?;
+        // Held up, or another user's: it can stay.
+        let _ = removal::drop_database(&mut connection, other).await;
     }
     Ok(())
 }

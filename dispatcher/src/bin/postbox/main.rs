@@ -1,2 +1,105 @@
-//! The `postbox` command.
-fn main() {}
+//! The `postbox` command: creates the schema, dispatches, looks, publishes and consumes.
+
+mod consume;
+mod database;
+mod migrate;
+mod output;
+mod publish;
+mod run;
+mod shutdown;
+mod span;
+mod status;
+mod table;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::database::Database;
+
+/// Postbox: a transactional outbox and messaging on PostgreSQL
+///
+/// The database is named by DATABASE_URL or --database-url. Data goes to standard output, everything else to standard error; RUST_LOG
+/// chooses what is logged (for example RUST_LOG=postbox_consumer=info). Exit codes: 0 done, 1 failed, 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "postbox", version)]
+struct Cli {
+    #[command(flatten)]
+    database: Database,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Migrate(migrate::Args),
+    Run(run::Args),
+    Status(status::Args),
+    Publish(publish::Args),
+    Consume(consume::Args),
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let Cli { database, command } = Cli::parse();
+    log_to_stderr(match command {
+        Command::Run(_) => "info,sqlx::postgres::notice=warn",
+        _ => "warn,sqlx=error",
+    });
+    let result = match command {
+        Command::Migrate(args) => migrate::run(&database, args).await,
+        Command::Run(args) => run::run(&database, args).await,
+        Command::Status(args) => status::run(&database, args).await,
+        Command::Publish(args) => publish::run(&database, args).await,
+        Command::Consume(args) => consume::run(&database, args).await,
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::print_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log_to_stderr(default: &str) {
+    let filter = std::env::var("RUST_LOG")
+        .ok()
+        .filter(|directives| !directives.is_empty());
+    let filter = match EnvFilter::try_new(filter.as_deref().unwrap_or(default)) {
+        Ok(filter) => filter,
+        Err(error) => wrong_usage(format!("RUST_LOG cannot be understood: {error}")),
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+/// For what clap cannot check by itself.
+fn wrong_usage(message: impl std::fmt::Display) -> ! {
+    Cli::command()
+        .error(clap::error::ErrorKind::ValueValidation, message)
+        .exit()
+}
+
+/// A topic, message type or group, for clap.
+fn name(text: &str) -> Result<String, String> {
+    if postbox::is_name(text) {
+        return Ok(text.to_owned());
+    }
+    Err("a name is 1 to 255 characters of A-Z a-z 0-9 . _ - : /".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,46 @@
+//! `postbox run`
+
+use std::time::Duration;
+
+use postbox_dispatcher::Dispatcher;
+use tracing::info;
+
+use crate::database::Database;
+use crate::{shutdown, span};
+
+/// Run the dispatcher, which puts committed messages in order and wakes their consumers
+///
+/// Runs until SIGINT or SIGTERM and logs to standard error (RUST_LOG, default info). It survives restarts of the database. Any number may
+/// run at once, for availability; none is the leader. It needs a direct connection, not one through a transaction pooler.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Create or upgrade the schema first, as `postbox migrate` does
+    #[arg(long)]
+    migrate: bool,
+    /// The pause between two steps under load, 1ms to 1s: a longer one costs less a message and adds its length to the latency
+    #[arg(long, value_name = "SPAN", default_value = "4ms", value_parser = tick)]
+    tick: Duration,
+}
+
+pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
+    let stop = shutdown::on_signal()?;
+    let pool = database.open_any(2).await?;
+    if args.migrate {
+        let applied = postbox::migrate(&pool).await?;
+        info!(schema_version = postbox::SCHEMA_VERSION, ?applied, "migrated");
+    }
+    Dispatcher::new(pool)
+        .tick(args.tick)
+        .run_until(stop.cancelled_owned())
+        .await?;
+    info!("stopped");
+    Ok(())
+}
+
+fn tick(text: &str) -> Result<Duration, String> {
+    let tick = span::parse(text)?;
+    match (Duration::from_millis(1)..=Duration::from_secs(1)).contains(&tick) {
+        true => Ok(tick),
+        false => Err("the tick is 1ms to 1s".to_owned()),
+    }
+}
