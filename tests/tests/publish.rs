@@ -119,7 +119,7 @@ async fn by_every_way(
     ids.extend(
         tx.publish_all([outgoing()])
             .await
-            .unwrap()
+            .expect("it works")
             .iter()
             .map(MessageId::as_uuid),
     );
@@ -134,10 +134,10 @@ async fn by_every_way(
         let id = sqlx::query_scalar(AssertSqlSafe(sql))
             .fetch_one(&mut *tx)
             .await
-            .unwrap();
+            .expect("it works");
         ids.push(id);
     }
-    tx.commit().await.unwrap();
+    tx.commit().await.expect("it works");
     ids
 }
 
@@ -741,7 +741,7 @@ async fn publish_in_opposite_orders(db: &Arc<TestDatabase>, one: Vec<String>, ot
         })
         .collect();
     for publisher in publishers {
-        publisher.await.unwrap();
+        publisher.await.expect("it works");
     }
 }
 
