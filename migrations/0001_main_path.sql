@@ -312,9 +312,15 @@ CREATE FUNCTION postbox.key_hash(key text) RETURNS integer
 COMMENT ON FUNCTION postbox.key_hash IS
     'The hash that decides a key''s lane for ever: 31 bits of hashtextextended, which is stable across PostgreSQL versions because hash partitioning relies on it.';
 
+CREATE FUNCTION postbox.order_hash(topic text, key text) RETURNS integer
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN hashtext(topic || ' ' || coalesce(key, ''));
+COMMENT ON FUNCTION postbox.order_hash IS
+    'Number of the lock of a topic and key. Whoever takes several takes them in the order of these numbers, since different keys may share one.';
+
 CREATE FUNCTION postbox.order_lock(topic text, key text) RETURNS void
     LANGUAGE sql VOLATILE
-    RETURN pg_advisory_xact_lock(1347571764, hashtext(topic || ' ' || coalesce(key, '')));
+    RETURN pg_advisory_xact_lock(1347571764, postbox.order_hash(topic, key));
 COMMENT ON FUNCTION postbox.order_lock IS
     'Waits for every transaction that took it for the same topic and key, so that the order of publishing is the order of committing.';
 

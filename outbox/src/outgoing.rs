@@ -251,7 +251,7 @@ impl Outgoing {
         }
         let json = serde_json::to_value(&self.headers).map_err(EncodeError::new)?;
         // PostgreSQL's text of a jsonb object has a space after each comma and colon.
-        let size = json.to_string().len() + 2 * self.headers.len();
+        let size = json.to_string().len() + 2 * self.headers.len() - 1;
         if size > MAX_HEADERS {
             return Err(Error::HeadersTooLarge(size));
         }

@@ -92,9 +92,9 @@ const PUBLISH_EACH: &str = "SELECT postbox.publish_bytes(id => m.id, topic => m.
          AS m (id, topic, type, key, headers, content_type, payload, dedup_key, dedup_window, n) \
      ORDER BY m.n";
 
-/// In the order of the arrays, which the caller sorts, so that two batches cannot deadlock on these locks.
+/// In the order of the locks, so that two batches cannot deadlock on them. (Not of the keys: different ones may share a lock.)
 const LOCK_KEYS: &str = "SELECT postbox.order_lock(k.topic, k.key) \
-     FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS k (topic, key, n) ORDER BY k.n";
+     FROM (SELECT * FROM unnest($1::text[], $2::text[]) AS u (topic, key) ORDER BY postbox.order_hash(u.topic, u.key)) k";
 
 const BATCH_ROWS: usize = 10_000;
 const BATCH_BYTES: usize = 32 * 1024 * 1024;

@@ -82,7 +82,10 @@ impl Ear {
             .execute(&mut listener)
             .await
             .expect("the consumers' bell");
-        Self { listener, _pool: pool }
+        Self {
+            listener,
+            _pool: pool,
+        }
     }
 
     /// Waits until topic `t` has so many messages.
@@ -96,7 +99,9 @@ impl Ear {
                 }
             }
         };
-        tokio::time::timeout(SOON, heard).await.expect("they are sequenced");
+        tokio::time::timeout(SOON, heard)
+            .await
+            .expect("they are sequenced");
     }
 }
 
@@ -135,7 +140,11 @@ async fn rounds(db: Arc<TestDatabase>, seed: u64, rounds: i64) -> Vec<Duration> 
     let mut took = Vec::new();
     for n in 1..=rounds {
         // Its last poll is about 60 ms after the last message, so half of the rounds are about then.
-        let pause = if dice.below(2) == 0 { dice.below(150_000) } else { 52_000 + dice.below(25_000) };
+        let pause = if dice.below(2) == 0 {
+            dice.below(150_000)
+        } else {
+            52_000 + dice.below(25_000)
+        };
         tokio::time::sleep(Duration::from_micros(pause)).await;
         let mut tx = connection.begin().await.unwrap();
         tx.publish(Outgoing::json("t", &n)).await.unwrap();
@@ -158,18 +167,31 @@ async fn rounds(db: Arc<TestDatabase>, seed: u64, rounds: i64) -> Vec<Duration> 
 async fn no_message_waits_for_the_poll_whenever_it_is_published() {
     // Dropped at the end, because dropping a database takes its time.
     let databases = futures_util::future::join_all((0..4).map(|_| TestDatabase::new())).await;
-    let databases: Vec<_> = databases.into_iter().map(|db| Arc::new(db.expect("a database"))).collect();
+    let databases: Vec<_> = databases
+        .into_iter()
+        .map(|db| Arc::new(db.expect("a database")))
+        .collect();
     let seeds = databases.iter().zip(1..);
-    let all: Vec<_> = seeds.map(|(db, seed)| tokio::spawn(rounds(db.clone(), seed, 100))).collect();
+    let all: Vec<_> = seeds
+        .map(|(db, seed)| tokio::spawn(rounds(db.clone(), seed, 100)))
+        .collect();
     let mut took = Vec::new();
     for one in all {
         took.extend(one.await.unwrap());
     }
     let late = took.iter().filter(|took| **took > PROMPT).count();
-    let slow = took.iter().filter(|took| **took > Duration::from_millis(400)).count();
+    let slow = took
+        .iter()
+        .filter(|took| **took > Duration::from_millis(400))
+        .count();
     let longest = took.iter().max().expect("rounds");
     println!("{} rounds, longest {longest:?}, {slow} over 400 ms", took.len());
-    assert_eq!(late, 0, "of {} messages; the longest took {longest:?}", took.len());
+    assert_eq!(
+        late,
+        0,
+        "of {} messages; the longest took {longest:?}",
+        took.len()
+    );
 }
 
 #[tokio::test]
@@ -217,7 +239,10 @@ async fn in_a_rush_publishers_do_not_ring() {
     }
     sequenced(db.pool(), 4 * EACH).await;
     // Behind all that the publishers sent.
-    sqlx::query("SELECT pg_notify('postbox_outbox', 'end')").execute(db.pool()).await.unwrap();
+    sqlx::query("SELECT pg_notify('postbox_outbox', 'end')")
+        .execute(db.pool())
+        .await
+        .unwrap();
     let mut rings = 0;
     while bell.recv().await.unwrap().payload() != "end" {
         rings += 1;
@@ -268,13 +293,19 @@ async fn an_open_transaction_with_a_message_holds_up_nobody_elses_wake_up() {
         tx.rollback().await.unwrap();
         // A dispatcher that is rushed wakes up.
         for _ in 0..10 {
-            sqlx::query("SELECT pg_notify('postbox_outbox', '')").execute(db.pool()).await.unwrap();
+            sqlx::query("SELECT pg_notify('postbox_outbox', '')")
+                .execute(db.pool())
+                .await
+                .unwrap();
         }
     };
     let slowest = slowest_of(&db, &mut ear, 1, 40).await;
     assert!(slowest < PROMPT, "{slowest:?}");
     let awake = sleeper(db.pool()).await;
-    assert!(awake.is_err(), "{awake:?} sleeps, and the open transaction will not ring");
+    assert!(
+        awake.is_err(),
+        "{awake:?} sleeps, and the open transaction will not ring"
+    );
     sqlx::query("SELECT 1").execute(&mut *open).await.unwrap();
     open.commit().await.unwrap();
     let committed = Instant::now();
@@ -312,7 +343,10 @@ async fn a_prepared_transaction_is_found_soon_after_it_is_committed() {
     asleep(db.pool()).await;
     let mut tx = connection.begin().await.unwrap();
     tx.publish(Outgoing::json("t", "rang")).await.unwrap();
-    let says = sqlx::raw_sql("PREPARE TRANSACTION 'rang'").execute(&mut *tx).await.expect_err("it rang");
+    let says = sqlx::raw_sql("PREPARE TRANSACTION 'rang'")
+        .execute(&mut *tx)
+        .await
+        .expect_err("it rang");
     assert!(says.to_string().contains("NOTIFY"), "{says}");
     tx.rollback().await.unwrap();
     for n in 1..=2 {
@@ -327,7 +361,11 @@ async fn a_prepared_transaction_is_found_soon_after_it_is_committed() {
         run(&mut connection, format!("COMMIT PREPARED '{name}'")).await;
         let committed = Instant::now();
         sequenced(db.pool(), n).await;
-        assert!(committed.elapsed() < Duration::from_secs(3), "{:?}", committed.elapsed());
+        assert!(
+            committed.elapsed() < Duration::from_secs(3),
+            "{:?}",
+            committed.elapsed()
+        );
     }
     dispatcher.shutdown().await;
 }
@@ -472,6 +510,13 @@ async fn a_dispatcher_survives_lost_connections_restarts_and_crashes_of_the_serv
         asleep(&pool).await;
     }
     dispatcher.shutdown().await;
-    let published: Vec<String> = ledger::complete(&db, "t").await.iter().map(ledger::Entry::text).collect();
-    assert_eq!(published, ["none", "backend", "restart", "kill -9", "backend", "immediate"]);
+    let published: Vec<String> = ledger::complete(&db, "t")
+        .await
+        .iter()
+        .map(ledger::Entry::text)
+        .collect();
+    assert_eq!(
+        published,
+        ["none", "backend", "restart", "kill -9", "backend", "immediate"]
+    );
 }

@@ -68,7 +68,10 @@ async fn processes_that_migrate_at_once_all_succeed() {
     for mut process in processes {
         assert!(process.wait().expect("its end").success());
     }
-    assert_eq!(all_versions(db.pool()).await, (1..=SCHEMA_VERSION).collect::<Vec<_>>());
+    assert_eq!(
+        all_versions(db.pool()).await,
+        (1..=SCHEMA_VERSION).collect::<Vec<_>>()
+    );
 }
 
 /// Not a test of its own: what the processes of the test above do.
@@ -83,7 +86,10 @@ async fn as_a_process_that_migrates() {
 #[tokio::test]
 async fn migrating_again_changes_nothing() {
     let db = TestDatabase::empty().await.unwrap();
-    assert_eq!(migrate(db.pool()).await.unwrap(), (1..=SCHEMA_VERSION).collect::<Vec<_>>());
+    assert_eq!(
+        migrate(db.pool()).await.unwrap(),
+        (1..=SCHEMA_VERSION).collect::<Vec<_>>()
+    );
     let before = catalogue(db.pool()).await;
     assert_eq!(migrate(db.pool()).await.unwrap(), Vec::<i32>::new());
     assert_eq!(catalogue(db.pool()).await, before);
@@ -116,7 +122,11 @@ async fn a_database_that_defaults_to_stricter_isolation_is_migrated_by_many_at_o
             .fetch_one(db.pool())
             .await
             .map_err(|error| error.to_string())?;
-            if waiting == 6 { Ok(()) } else { Err(format!("{waiting} wait")) }
+            if waiting == 6 {
+                Ok(())
+            } else {
+                Err(format!("{waiting} wait"))
+            }
         })
         .await;
         sqlx::query("SELECT pg_advisory_unlock(1347571761, 4)")
@@ -140,10 +150,7 @@ async fn a_newer_schema_is_refused_and_left_as_it_is() {
     )
     .await;
     let before = catalogue(db.pool()).await;
-    for result in [
-        migrate(db.pool()).await.map(drop),
-        check_schema(db.pool()).await,
-    ] {
+    for result in [migrate(db.pool()).await.map(drop), check_schema(db.pool()).await] {
         match result {
             Err(Error::SchemaNewer { found, known }) => assert_eq!((found, known), (newer, SCHEMA_VERSION)),
             other => panic!("{other:?}"),
@@ -155,7 +162,11 @@ async fn a_newer_schema_is_refused_and_left_as_it_is() {
 #[tokio::test]
 async fn a_migration_that_was_applied_in_another_form_is_refused() {
     let db = TestDatabase::new().await.unwrap();
-    run(db.pool(), "UPDATE postbox.schema_migration SET checksum = 'other' WHERE version = 1").await;
+    run(
+        db.pool(),
+        "UPDATE postbox.schema_migration SET checksum = 'other' WHERE version = 1",
+    )
+    .await;
     let before = catalogue(db.pool()).await;
     match migrate(db.pool()).await {
         Err(Error::MigrationChanged { version: 1, name }) => assert_eq!(name, "0001_main_path"),
@@ -226,11 +237,12 @@ async fn an_applications_own_migrations_are_never_met() {
         .await
         .unwrap();
     assert_eq!(versions, [1, 999]);
-    let in_public: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'")
-            .fetch_one(db.pool())
-            .await
-            .unwrap();
+    let in_public: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'",
+    )
+    .fetch_one(db.pool())
+    .await
+    .unwrap();
     assert_eq!(in_public, 3, "Postbox makes nothing outside its schema");
 }
 
@@ -271,11 +283,17 @@ async fn a_role_without_rights_is_told_which_it_lacks() {
     let db = TestDatabase::empty().await.unwrap();
     let role = Role::new(&db).await;
     let says = migrate(&role.pool).await.expect_err("it may not").to_string();
-    assert!(says.contains(&format!("permission denied for database {}", db.name())), "{says}");
+    assert!(
+        says.contains(&format!("permission denied for database {}", db.name())),
+        "{says}"
+    );
 
     migrate(db.pool()).await.unwrap();
     let before = catalogue(db.pool()).await;
-    for result in [migrate(&role.pool).await.map(drop), check_schema(&role.pool).await] {
+    for result in [
+        migrate(&role.pool).await.map(drop),
+        check_schema(&role.pool).await,
+    ] {
         let says = result.expect_err("it may not").to_string();
         assert!(says.contains("permission denied for schema postbox"), "{says}");
     }

@@ -44,7 +44,11 @@ async fn publish_alone(connection: &mut PgConnection, topic: &'static str, text:
 }
 
 async fn texts(db: &TestDatabase, topic: &str) -> Vec<String> {
-    complete(db, topic).await.iter().map(ledger::Entry::text).collect()
+    complete(db, topic)
+        .await
+        .iter()
+        .map(ledger::Entry::text)
+        .collect()
 }
 
 /// Waits until a backend waits for a lock of the given class and number.
@@ -217,7 +221,9 @@ async fn read_along(db: Arc<TestDatabase>, topic: &'static str, stop: Arc<Atomic
     let mut seen = Vec::new();
     loop {
         let last_look = stop.load(Ordering::SeqCst);
-        let found = segments(&mut connection, topic, next, 50).await.expect("segments");
+        let found = segments(&mut connection, topic, next, 50)
+            .await
+            .expect("segments");
         let end = found.last().map_or(next, postbox::log::Segment::end);
         let read = messages(&mut connection, topic, &found, next, end, |_, _| true)
             .await
@@ -314,14 +320,24 @@ async fn every_committed_message_has_one_offset_under_all_that_transactions_can_
         dispatcher.shutdown().await;
     }
 
-    assert!(steps.load(Ordering::SeqCst) > 50, "many steps beside the publishers");
+    assert!(
+        steps.load(Ordering::SeqCst) > 50,
+        "many steps beside the publishers"
+    );
     let published: HashMap<Uuid, Published> = deeds.committed.iter().map(|p| (p.id, *p)).collect();
     let aborted: HashSet<Uuid> = deeds.aborted.iter().copied().collect();
-    assert!(aborted.len() > 200 && published.len() > 1_000, "the dice were fair");
+    assert!(
+        aborted.len() > 200 && published.len() > 1_000,
+        "the dice were fair"
+    );
     for (topic, reader) in TOPICS.into_iter().zip(readers) {
         let order = complete(&db, topic).await;
         let ids: Vec<Uuid> = order.iter().filter_map(|entry| entry.id).collect();
-        let expected: HashSet<Uuid> = published.values().filter(|p| p.topic == topic).map(|p| p.id).collect();
+        let expected: HashSet<Uuid> = published
+            .values()
+            .filter(|p| p.topic == topic)
+            .map(|p| p.id)
+            .collect();
         assert_eq!(ids.iter().copied().collect::<HashSet<_>>(), expected);
         assert!(ids.iter().all(|id| !aborted.contains(id)));
         assert_causal(&order, &published);
@@ -364,7 +380,10 @@ async fn a_message_inserted_late_in_an_old_transaction_follows_what_was_committe
         old.commit().await.unwrap();
         publish_alone(&mut other, topic, "after").await;
         step(db.pool()).await;
-        assert_eq!(texts(&db, topic).await, ["before", "late in an old transaction", "after"]);
+        assert_eq!(
+            texts(&db, topic).await,
+            ["before", "late in an old transaction", "after"]
+        );
     }
 }
 
@@ -435,12 +454,19 @@ async fn a_step_that_finds_nothing_writes_nothing() {
     let mut connection = db.connect().await.unwrap();
     publish_alone(&mut connection, "t", "x").await;
     let ticks = async || -> i64 {
-        sqlx::query_scalar("SELECT count(*) FROM postbox.tick").fetch_one(db.pool()).await.unwrap()
+        sqlx::query_scalar("SELECT count(*) FROM postbox.tick")
+            .fetch_one(db.pool())
+            .await
+            .unwrap()
     };
     for expected in [1, 0, 0] {
         assert_eq!(step(&mut connection).await, expected);
         // So that the next step has another snapshot.
-        run(&mut connection, "CREATE TEMP TABLE IF NOT EXISTS note (n int); INSERT INTO note VALUES (1)").await;
+        run(
+            &mut connection,
+            "CREATE TEMP TABLE IF NOT EXISTS note (n int); INSERT INTO note VALUES (1)",
+        )
+        .await;
     }
     assert_eq!(ticks().await, 1);
 }
@@ -465,12 +491,18 @@ async fn segments_are_cut_at_1024_messages() {
         ("d", 10_000, [vec![1_024; 9], vec![784]].concat()),
     ] {
         let mut tx = db.pool().begin().await.unwrap();
-        let batch: Vec<Outgoing> = (0..messages).map(|n| Outgoing::json(topic, &n.to_string())).collect();
+        let batch: Vec<Outgoing> = (0..messages)
+            .map(|n| Outgoing::json(topic, &n.to_string()))
+            .collect();
         tx.publish_all(batch).await.unwrap();
         tx.commit().await.unwrap();
         // A step more, so that a cut counts from the step's first message.
         assert_eq!(step(db.pool()).await, messages);
-        let cut: Vec<i32> = shape(&db, topic).await.into_iter().map(|(_, count, _)| count).collect();
+        let cut: Vec<i32> = shape(&db, topic)
+            .await
+            .into_iter()
+            .map(|(_, count, _)| count)
+            .collect();
         assert_eq!(cut, counts);
         let expected: Vec<String> = (0..messages).map(|n| n.to_string()).collect();
         assert_eq!(texts(&db, topic).await, expected);
@@ -512,21 +544,31 @@ async fn around_the_boundary_of_a_slot_messages_keep_their_order_and_segments_do
     assert_eq!(texts(&db, "t").await, expected);
     let shape = shape(&db, "t").await;
     assert_eq!(shape[..3], [(0, 1, 3), (1, 2, 4), (3, 2, 3)]);
-    let turns: Vec<i16> = shape.iter().map(|&(.., slot)| slot).fold(Vec::new(), |mut turns, slot| {
-        if turns.last() != Some(&slot) {
-            turns.push(slot);
-        }
-        turns
-    });
+    let turns: Vec<i16> = shape
+        .iter()
+        .map(|&(.., slot)| slot)
+        .fold(Vec::new(), |mut turns, slot| {
+            if turns.last() != Some(&slot) {
+                turns.push(slot);
+            }
+            turns
+        });
     assert_eq!(turns, [3, 4, 3, 4, 7, 0]);
     assert!(shape.iter().all(|&(_, count, _)| count <= 1_024));
 
     // And it is read so.
     let mut connection = db.connect().await.unwrap();
     let found = segments(&mut connection, "t", Offset::ZERO, 100).await.unwrap();
-    let read = messages(&mut connection, "t", &found, Offset::ZERO, Offset::new(4_001), |_, _| true)
-        .await
-        .unwrap();
+    let read = messages(
+        &mut connection,
+        "t",
+        &found,
+        Offset::ZERO,
+        Offset::new(4_001),
+        |_, _| true,
+    )
+    .await
+    .unwrap();
     let read: Vec<String> = read
         .into_iter()
         .map(|message| message.expect("its row").key.expect("its key").into_string())
@@ -562,7 +604,10 @@ async fn a_transaction_of_half_a_million_messages_is_one_step_of_many_segments()
     }
     assert_eq!(next, MESSAGES);
     let seqs = found.iter().flat_map(|(_, seqs)| seqs);
-    assert!(seqs.is_sorted_by(|a, b| a < b), "in the order of insertion, each once");
+    assert!(
+        seqs.is_sorted_by(|a, b| a < b),
+        "in the order of insertion, each once"
+    );
     assert_eq!(step(&mut connection).await, 0);
 }
 
@@ -598,7 +643,10 @@ async fn a_step_that_is_rolled_back_or_killed_loses_nothing() {
 
     publish_alone(&mut connection, "t", "b").await;
     let mut victim = db.connect().await.unwrap();
-    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut victim).await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()")
+        .fetch_one(&mut victim)
+        .await
+        .unwrap();
     run(&mut victim, "BEGIN").await;
     assert_eq!(step(&mut victim).await, 1);
     let next = tokio::spawn({
@@ -636,9 +684,14 @@ async fn a_step_in_a_transaction_that_publishes_is_refused_or_loses_nothing() {
     let db = TestDatabase::new().await.unwrap();
     // It may publish before, after, or both; or step twice.
     let mut expected = Vec::new();
-    for (n, (before, steps, after)) in [(true, 1, true), (true, 1, false), (false, 1, true), (true, 2, true)]
-        .into_iter()
-        .enumerate()
+    for (n, (before, steps, after)) in [
+        (true, 1, true),
+        (true, 1, false),
+        (false, 1, true),
+        (true, 2, true),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let mut tx = db.pool().begin().await.unwrap();
         let mut stepped = Ok(());
@@ -670,7 +723,11 @@ async fn a_step_in_a_transaction_that_publishes_is_refused_or_loses_nothing() {
 // ------------------------------------------------------------------------------------------------------- crashes
 
 /// Publishes until `stop`, through every crash. Returns what was committed for certain, and what may have been.
-async fn publish_through_crashes(db: Arc<TestDatabase>, stop: Arc<AtomicBool>, acknowledged: Arc<AtomicUsize>) -> (Deeds, Vec<Uuid>) {
+async fn publish_through_crashes(
+    db: Arc<TestDatabase>,
+    stop: Arc<AtomicBool>,
+    acknowledged: Arc<AtomicUsize>,
+) -> (Deeds, Vec<Uuid>) {
     let mut deeds = Deeds::default();
     let mut uncertain = Vec::new();
     while !stop.load(Ordering::SeqCst) {
@@ -681,7 +738,10 @@ async fn publish_through_crashes(db: Arc<TestDatabase>, stop: Arc<AtomicBool>, a
         while !stop.load(Ordering::SeqCst) {
             let begun = Instant::now();
             let batch: Vec<Outgoing> = (0..3).map(|n| Outgoing::json("t", &n)).collect();
-            let ids: Vec<_> = batch.iter().map(|outgoing| (outgoing.id().as_uuid(), "t", begun)).collect();
+            let ids: Vec<_> = batch
+                .iter()
+                .map(|outgoing| (outgoing.id().as_uuid(), "t", begun))
+                .collect();
             let done = async {
                 let mut tx = connection.begin().await?;
                 tx.publish_all(batch).await?;
@@ -707,7 +767,13 @@ async fn a_crash_of_the_server_neither_loses_nor_doubles_a_message() {
     let stop = Arc::new(AtomicBool::new(false));
     let acknowledged = Arc::new(AtomicUsize::new(0));
     let publishers: Vec<_> = (0..4)
-        .map(|_| tokio::spawn(publish_through_crashes(db.clone(), stop.clone(), acknowledged.clone())))
+        .map(|_| {
+            tokio::spawn(publish_through_crashes(
+                db.clone(),
+                stop.clone(),
+                acknowledged.clone(),
+            ))
+        })
         .collect();
     let some_more = async |more: usize| {
         let enough = acknowledged.load(Ordering::SeqCst) + more;
@@ -743,16 +809,24 @@ async fn a_crash_of_the_server_neither_loses_nor_doubles_a_message() {
             .fetch_one(db.pool())
             .await
             .map_err(|error| error.to_string())?;
-        if head == rows { Ok(()) } else { Err(format!("{head} of {rows} have an offset")) }
+        if head == rows {
+            Ok(())
+        } else {
+            Err(format!("{head} of {rows} have an offset"))
+        }
     })
     .await;
     dispatcher.shutdown().await;
 
     let order = entries(db.pool(), "t").await;
     let ids: HashSet<Uuid> = order.iter().filter_map(|entry| entry.id).collect();
-    assert!(published.keys().all(|id| ids.contains(id)), "every acknowledged message is there");
     assert!(
-        ids.iter().all(|id| published.contains_key(id) || uncertain.contains(id)),
+        published.keys().all(|id| ids.contains(id)),
+        "every acknowledged message is there"
+    );
+    assert!(
+        ids.iter()
+            .all(|id| published.contains_key(id) || uncertain.contains(id)),
         "and nothing else, but for commits that were cut off"
     );
     assert_causal(&order, &published);

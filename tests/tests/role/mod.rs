@@ -29,5 +29,8 @@ impl Role {
 }
 
 async fn run(db: &TestDatabase, sql: String) {
-    sqlx::raw_sql(AssertSqlSafe(sql)).execute(db.pool()).await.expect("roles");
+    sqlx::raw_sql(AssertSqlSafe(sql))
+        .execute(db.pool())
+        .await
+        .expect("roles");
 }
