@@ -282,7 +282,7 @@ END $$;
 -- The only index of the outbox: it finds what is new and fetches by address.
 CREATE INDEX outbox_xid_seq ON postbox.outbox (xid, seq);
 CREATE INDEX segment_topic_base ON postbox.segment (topic, base);
-CREATE INDEX tick_id ON postbox.tick (id);
+CREATE INDEX tick_newest ON postbox.tick (id);
 CREATE INDEX checkpoint_newest ON postbox.checkpoint (subscription_id, consumer_id, id);
 CREATE INDEX settlement_offset ON postbox.settlement (subscription_id, lane, "offset");
 
@@ -409,22 +409,23 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION postbox.next_offset IS 'The offset that the next message of a topic gets; the number of messages sequenced so far.';
 
-CREATE FUNCTION postbox.sequence() RETURNS TABLE (topic text, head bigint, messages bigint)
+CREATE SEQUENCE postbox.tick_id AS bigint CACHE 1;
+COMMENT ON SEQUENCE postbox.tick_id IS
+    'Numbers the ticks, under the sequencer''s lock: while its last value is the id of a tick that was committed, that tick is the newest.';
+
+CREATE FUNCTION postbox.step(
+    INOUT last_tick bigint, INOUT last_look pg_snapshot, OUT topics text[], OUT heads bigint[], OUT counts bigint[]
+)
     LANGUAGE plpgsql
     -- Plans made while the tables were empty would scan sequentially for ever; and the cost that enable_seqscan adds
     -- switches JIT on, which takes hundreds of milliseconds.
     SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
 DECLARE
-    last_id       bigint;
-    last_snapshot pg_snapshot;
-    last_xmax     xid8;
-    last_xip      xid8[];
-    now_snapshot  pg_snapshot;
-    topics        text[];
-    new_heads     bigint[];
-    counts        bigint[];
-    heads         text;
+    newest    bigint;
+    last_xmax xid8;
+    last_xip  xid8[];
+    told      text;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'postbox.sequence() must run in READ COMMITTED, not %', current_setting('transaction_isolation')
@@ -437,19 +438,20 @@ BEGIN
     END IF;
     PERFORM pg_advisory_xact_lock(1347571761, 1);
 
-    SELECT t.id, t.snapshot INTO last_id, last_snapshot FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
-    IF last_id IS NULL THEN
-        last_id := 0;
+    -- What the caller looked at last is where to go on if nobody took a step since; otherwise the newest tick is.
+    SELECT t.last_value INTO newest FROM postbox.tick_id t;
+    IF last_tick IS DISTINCT FROM newest OR last_look IS NULL THEN
+        SELECT t.id, t.snapshot INTO last_tick, last_look FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
+    ELSIF pg_current_snapshot()::text = last_look::text THEN
+        -- The same transactions are finished as at the last look: nothing can be new.
+        RETURN;
+    END IF;
+    IF last_look IS NULL THEN
         last_xmax := '0';
         last_xip := '{}';
     ELSE
-        now_snapshot := pg_current_snapshot();
-        -- The same transactions are finished as at the last tick: nothing can be new.
-        IF now_snapshot::text = last_snapshot::text THEN
-            RETURN;
-        END IF;
-        last_xmax := pg_snapshot_xmax(last_snapshot);
-        last_xip := ARRAY(SELECT pg_snapshot_xip(last_snapshot));
+        last_xmax := pg_snapshot_xmax(last_look);
+        last_xip := ARRAY(SELECT pg_snapshot_xip(last_look));
     END IF;
 
     WITH
@@ -462,7 +464,9 @@ BEGIN
         WHERE o.xid = ANY (last_xip)
     ),
     tick AS (
-        INSERT INTO postbox.tick (id, snapshot) SELECT last_id + 1, pg_current_snapshot() WHERE EXISTS (SELECT FROM fresh)
+        INSERT INTO postbox.tick (id, snapshot)
+        SELECT nextval('postbox.tick_id'), pg_current_snapshot() WHERE EXISTS (SELECT FROM fresh)
+        RETURNING id
     ),
     -- By seq, not by xid: a transaction's xid may be older than its insert.
     numbered AS (
@@ -493,22 +497,25 @@ BEGIN
         SELECT p.slot, p.topic, t.next_offset + p.first, p.count, p.bytes, p.xids, p.seqs, p.keys
         FROM pieces p JOIN topics t ON t.topic = p.topic
     )
-    SELECT array_agg(t.topic), array_agg(t.next_offset + t.messages), array_agg(t.messages)
-    INTO topics, new_heads, counts FROM topics t;
+    SELECT array_agg(t.topic), array_agg(t.next_offset + t.messages), array_agg(t.messages), pg_current_snapshot(),
+        coalesce((SELECT id FROM tick), last_tick)
+    INTO topics, heads, counts, last_look, last_tick FROM topics t;
 
-    IF topics IS NULL THEN
-        RETURN;
-    END IF;
-    RETURN QUERY SELECT * FROM unnest(topics, new_heads, counts);
     -- Every consumer that is there to be woken holds this shared; held to the commit here, so that one which comes
     -- meanwhile waits and then looks.
-    IF NOT pg_try_advisory_xact_lock(1347571761, 3) THEN
-        SELECT string_agg(t.topic || ' ' || t.head, ' ') INTO heads FROM unnest(topics, new_heads) AS t (topic, head);
-        PERFORM pg_notify('postbox_segment', CASE WHEN octet_length(heads) < 7000 THEN heads ELSE '' END);
+    IF topics IS NOT NULL AND NOT pg_try_advisory_xact_lock(1347571761, 3) THEN
+        SELECT string_agg(t.topic || ' ' || t.head, ' ') INTO told FROM unnest(topics, heads) AS t (topic, head);
+        PERFORM pg_notify('postbox_segment', CASE WHEN octet_length(told) < 7000 THEN told ELSE '' END);
     END IF;
 END $$;
-COMMENT ON FUNCTION postbox.sequence IS
-    'One step of the sequencer: gives every message that became visible since the last step its offset. Any number may call it at once.';
+COMMENT ON FUNCTION postbox.step IS
+    'One step of the sequencer: gives every message that became visible since the last step its offset, and says which topics have new heads. A caller that passes back what it was returned saves looking up the last tick. Any number may call it at once.';
+
+CREATE FUNCTION postbox.sequence() RETURNS TABLE (topic text, head bigint, messages bigint)
+    LANGUAGE sql VOLATILE AS $$
+    SELECT u.* FROM postbox.step(NULL, NULL) s, unnest(s.topics, s.heads, s.counts) AS u (topic, head, messages)
+$$;
+COMMENT ON FUNCTION postbox.sequence IS 'One step of the sequencer, for use by hand; a row is a topic that got messages.';
 
 ------------------------------------------------------------------------------------------------------------------ consuming
 

@@ -149,6 +149,8 @@ impl Consumer {
         let subscriptions = Arc::new(plan_all(&self.definitions, &self.settings, &states, &self.pool)?);
         let readers = PgPoolOptions::new()
             .max_connections(2)
+            // A broken one is noticed by the read, which is tried again.
+            .test_before_acquire(false)
             .after_connect(|connection, _| {
                 Box::pin(async move {
                     // Plans for reading are known in advance; see ARCHITECTURE.md, "Pinned plans".

@@ -814,13 +814,15 @@ impl Executor {
         for (number, lane) in self.lanes.iter().filter(|(number, _)| include(**number)) {
             let next = self.streams.iter().find(|s| s.lanes.contains(number)).map(|s| s.next);
             let next = next.or_else(|| self.draining.get(number).copied()).unwrap_or(lane.cut);
-            // Before a lane is read up to where it was claimed, what was settled then is still settled.
-            if next < lane.cut {
-                snapshot.pending.extend(&lane.pending);
-            }
+            // Before a lane is read up to where it was claimed, what was settled then is still settled. Below `next` all that is
+            // left are offsets of other lanes, which may be settled by now.
+            snapshot.pending.extend(lane.pending.iter().filter(|offset| **offset >= next));
             snapshot.lanes.push(LanePosition { lane: *number, epoch: lane.epoch, position: next.max(lane.cut) });
         }
         snapshot.pending.extend(self.unsettled.iter().filter(|(_, lane)| include(**lane)).map(|(offset, _)| *offset));
+        // Lanes that were claimed together all have the same.
+        snapshot.pending.sort_unstable();
+        snapshot.pending.dedup();
         snapshot
     }
 }

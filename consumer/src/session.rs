@@ -94,6 +94,9 @@ const LOOK: &str = "WITH locked AS MATERIALIZED (
             FROM postbox.lane l WHERE l.subscription_id = ANY ($1)),
         'heads', (SELECT coalesce(json_object_agg(t, postbox.next_offset(t)), '{}') FROM unnest($2::text[]) t))";
 
+/// Lane, epoch, position, pending and done, as `postbox.claim` returns them.
+type ClaimedRow = (i16, i32, i64, Vec<i64>, Vec<i64>);
+
 #[derive(Deserialize)]
 struct Look {
     members: Vec<Member>,
@@ -408,7 +411,7 @@ impl Session {
             .bind(lanes)
             .bind(epochs)
             .fetch_all(&mut self.listener);
-        let claimed: Vec<(i16, i32, i64, Vec<i64>, Vec<i64>)> = in_time(query).await?;
+        let claimed: Vec<ClaimedRow> = in_time(query).await?;
         if claimed.is_empty() {
             return Ok(());
         }

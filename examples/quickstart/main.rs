@@ -38,6 +38,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use postbox_dispatcher::Dispatcher;
 use postbox_testkit::{TestDatabase, TestPostgres};
+use sqlx::PgPool;
 use tokio::time::Instant;
 use tracing_subscriber::EnvFilter;
 
@@ -113,7 +114,7 @@ async fn play(history: History, database: &TestDatabase) -> Result<Option<Outcom
         .execute(&mut database.connect().await?)
         .await?;
     postbox::migrate(database.pool()).await?;
-    let airline = Airline::new(database.connect_pool(DESKS as u32));
+    let airline = Airline::new(open_pool(database, DESKS as u32).await?);
     airline
         .open(&history.flights)
         .await
@@ -124,15 +125,8 @@ async fn play(history: History, database: &TestDatabase) -> Result<Option<Outcom
     let latencies = Latencies::default();
     let mut nodes = Vec::new();
     for name in ["node-1", "node-2"] {
-        nodes.push(
-            Node::start(
-                name,
-                database.connect_pool(NODE_CONNECTIONS),
-                &sequence,
-                &latencies,
-            )
-            .await?,
-        );
+        let pool = open_pool(database, NODE_CONNECTIONS).await?;
+        nodes.push(Node::start(name, pool, &sequence, &latencies).await?);
     }
     lanes_are_divided(database.pool()).await?;
 
@@ -169,4 +163,15 @@ async fn play(history: History, database: &TestDatabase) -> Result<Option<Outcom
         boards,
         latencies,
     }))
+}
+
+/// A pool with all its connections open, so that the first events need not wait for them.
+async fn open_pool(database: &TestDatabase, connections: u32) -> Result<PgPool> {
+    let pool = database.connect_pool(connections);
+    let mut open = Vec::new();
+    for _ in 0..connections {
+        open.push(pool.acquire().await?);
+    }
+    drop(open);
+    Ok(pool)
 }

@@ -349,7 +349,7 @@ mod tests {
             quote! {
                 group = "inventory", topic = "orders", types = ["a", "b"], concurrency = 64, order = "topic",
                 start = "latest", lanes = LANES, timeout = "20s",
-                retry(backoff = "linear(1s, 1m)", max_attempts = 8, max_age = "2d", exhausted = "skip"),
+                retry(backoff = "linear(1s, 1m)"),
             },
             quote!(
                 async fn ship(order: OrderPlaced) {}
@@ -371,9 +371,6 @@ mod tests {
                         ::core::time::Duration::from_millis(1000u64),
                         ::core::time::Duration::from_millis(60000u64)
                     )
-                    .max_attempts(8)
-                    .max_age(::core::time::Duration::from_millis(172800000u64))
-                    .exhausted(::postbox_consumer::Exhausted::Skip)
                 )
                 .argument::<OrderPlaced>()
                 .call(|mut invocation| ::std::boxed::Box::pin(async move {
@@ -391,12 +388,12 @@ mod tests {
     #[test]
     fn a_retry_without_a_backoff_starts_from_the_default() {
         let expansion = expansion(
-            quote!(broadcast, retry(max_attempts = 3)),
+            quote!(broadcast, retry(backoff = "fixed(3s)")),
             quote!(
                 async fn ship() {}
             ),
         );
-        let expected = quote!(.broadcast().retry(::postbox_consumer::Retry::default().max_attempts(3)));
+        let expected = quote!(.broadcast().retry(::postbox_consumer::Retry::fixed(::core::time::Duration::from_millis(3000u64))));
         assert!(expansion.contains(&expected.to_string()), "{expansion}");
     }
 

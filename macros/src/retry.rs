@@ -3,26 +3,23 @@
 use proc_macro2::TokenStream;
 use quote::quote;
 use syn::parse::ParseStream;
-use syn::{Expr, Ident, parenthesized};
+use syn::{Ident, parenthesized};
 
 use crate::attribute;
 use crate::duration::Interval;
 
-const KNOWN: &[&str] = &["backoff", "max_attempts", "max_age", "exhausted"];
+const KNOWN: &[&str] = &["backoff"];
 
 /// How a failed message is tried again.
 #[derive(Default)]
 pub(crate) struct Retry {
     backoff: Option<Backoff>,
-    max_attempts: Option<Expr>,
-    max_age: Option<Interval>,
-    exhausted: Option<TokenStream>,
 }
 
 impl Retry {
     /// Reads `(…)`.
     pub(crate) fn read(option: &Ident, input: ParseStream<'_>) -> syn::Result<Self> {
-        let mend = "`retry` takes options in parentheses: retry(backoff = \"exponential(1s, 10m)\", max_attempts = 8)";
+        let mend = "`retry` takes options in parentheses: retry(backoff = \"exponential(1s, 10m)\")";
         if !input.peek(syn::token::Paren) {
             return Err(syn::Error::new(option.span(), mend));
         }
@@ -32,19 +29,8 @@ impl Retry {
             return Err(syn::Error::new(option.span(), mend));
         }
         let mut retry = Self::default();
-        attribute::read_options(&content, "retry", KNOWN, |option, name, input| {
-            match name {
-                "backoff" => retry.backoff = Some(Backoff::read(option, input)?),
-                "max_attempts" => retry.max_attempts = Some(attribute::count(option, input)?),
-                "max_age" => retry.max_age = Some(attribute::interval(option, "2d", input)?),
-                _ => {
-                    let choices = [
-                        ("skip", quote!(Exhausted::Skip)),
-                        ("halt", quote!(Exhausted::Halt)),
-                    ];
-                    retry.exhausted = Some(attribute::choice(option, &choices, input)?);
-                }
-            }
+        attribute::read_options(&content, "retry", KNOWN, |option, _name, input| {
+            retry.backoff = Some(Backoff::read(option, input)?);
             Ok(())
         })?;
         Ok(retry)
@@ -52,19 +38,8 @@ impl Retry {
 
     /// The expression that makes it.
     pub(crate) fn expression(&self) -> TokenStream {
-        let start = self
-            .backoff
-            .as_ref()
-            .map_or_else(|| quote!(default()), Backoff::expression);
-        let max_attempts = self.max_attempts.iter();
-        let max_age = self.max_age.map(Interval::expression).into_iter();
-        let exhausted = self.exhausted.iter();
-        quote! {
-            ::postbox_consumer::Retry::#start
-                #(.max_attempts(#max_attempts))*
-                #(.max_age(#max_age))*
-                #(.exhausted(::postbox_consumer::#exhausted))*
-        }
+        let start = self.backoff.as_ref().map_or_else(|| quote!(default()), Backoff::expression);
+        quote!(::postbox_consumer::Retry::#start)
     }
 }
 

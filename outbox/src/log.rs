@@ -87,9 +87,11 @@ pub struct StoredMessage {
     pub published_at: DateTime<Utc>,
 }
 
-/// `base > from - 1024` lets the index on (topic, base) find the segment that contains `from`: none is longer.
+/// From the last segment that begins at or before `from`: under light load segments are small, so `base > from - 1024` would look at many.
 const SEGMENTS: &str = "SELECT base, slot, bytes, xids, seqs, keys FROM postbox.segment \
-     WHERE topic = $1 AND base > $2 - 1024 AND base + count > $2 ORDER BY base LIMIT $3";
+     WHERE topic = $1 AND base + count > $2 AND base >= coalesce( \
+         (SELECT s.base FROM postbox.segment s WHERE s.topic = $1 AND s.base <= $2 ORDER BY s.base DESC LIMIT 1), 0) \
+     ORDER BY base LIMIT $3";
 
 /// The segments of a topic from the one that contains `from`, at most `limit`, in order.
 pub async fn segments(

@@ -30,8 +30,6 @@ async fn backoff_duration(_tx: Tx) {}
 #[handler(group = "search", retry(backoff = "linear(2m, 1m)"))]
 async fn backoff_cap(_tx: Tx) {}
 
-#[handler(group = "search", retry(exhausted = "stop"))]
-async fn exhausted(_tx: Tx) {}
 
 #[handler(group = "search", order = "keys")]
 async fn order(_tx: Tx) {}
