@@ -47,8 +47,10 @@ pub(crate) struct Record {
 impl Record {
     /// `None` where the block has no message at that index.
     pub(crate) fn new(block: &Arc<Block>, index: usize) -> Option<Self> {
-        matches!(block.entries.get(index)?, Entry::Message(_))
-            .then(|| Self { block: block.clone(), index: index as u32 })
+        matches!(block.entries.get(index)?, Entry::Message(_)).then(|| Self {
+            block: block.clone(),
+            index: index as u32,
+        })
     }
 
     pub(crate) fn message(&self) -> &StoredMessage {

@@ -169,7 +169,11 @@ impl Consumer {
         let process = Process::new(self.pool, readers, self.settings, subscriptions.clone());
         let task = tokio::spawn(process.run(token.clone(), started));
         match on_start.await {
-            Ok(()) => Ok(ConsumerHandle { token, task, subscriptions }),
+            Ok(()) => Ok(ConsumerHandle {
+                token,
+                task,
+                subscriptions,
+            }),
             // It ended before it began, so it says why.
             Err(_) => Err(match task.await {
                 Ok(Err(error)) => error,
@@ -229,7 +233,9 @@ impl ConsumerHandle {
     /// Stops gracefully and waits for it.
     pub async fn shutdown(mut self) -> Result<(), Error> {
         self.token.cancel();
-        (&mut self.task).await.unwrap_or_else(|error| Err(Error::Ended(error.to_string())))
+        (&mut self.task)
+            .await
+            .unwrap_or_else(|error| Err(Error::Ended(error.to_string())))
     }
 
     /// What every subscription did so far.
@@ -264,7 +270,9 @@ impl std::fmt::Debug for Subscription {
 }
 
 fn host_name() -> String {
-    let name = std::env::var("HOSTNAME").ok().or_else(|| std::fs::read_to_string("/etc/hostname").ok());
+    let name = std::env::var("HOSTNAME")
+        .ok()
+        .or_else(|| std::fs::read_to_string("/etc/hostname").ok());
     match name.as_deref().map(str::trim) {
         Some(name) if postbox::is_name(name) => name.to_owned(),
         _ => {

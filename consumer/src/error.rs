@@ -29,7 +29,9 @@ pub enum Error {
         handler: &'static str,
     },
     /// A topic, type, group or node name is not allowed.
-    #[error("{what} {name:?} of handler {handler} is not allowed: it is 1 to 255 characters of A-Z a-z 0-9 . _ - : /")]
+    #[error(
+        "{what} {name:?} of handler {handler} is not allowed: it is 1 to 255 characters of A-Z a-z 0-9 . _ - : /"
+    )]
     InvalidName {
         /// The handler.
         handler: &'static str,
@@ -59,7 +61,9 @@ pub enum Error {
         message_type: Option<String>,
     },
     /// Handlers of one group on one topic disagree on an option that they share.
-    #[error("the handlers of group {group:?} on topic {topic:?} disagree on {option}: they share one subscription, so say it once or the same")]
+    #[error(
+        "the handlers of group {group:?} on topic {topic:?} disagree on {option}: they share one subscription, so say it once or the same"
+    )]
     Disagreement {
         /// Their group.
         group: String,
@@ -69,7 +73,9 @@ pub enum Error {
         option: &'static str,
     },
     /// A broadcast from memory has no acknowledgement that a transaction could commit.
-    #[error("handler {handler} is a broadcast and takes a Tx: only group handlers and broadcast = \"durable\" can")]
+    #[error(
+        "handler {handler} is a broadcast and takes a Tx: only group handlers and broadcast = \"durable\" can"
+    )]
     BroadcastTx {
         /// The handler.
         handler: &'static str,
@@ -87,7 +93,9 @@ pub enum Error {
         range: &'static str,
     },
     /// The subscription exists with an order that cannot be changed to this one.
-    #[error("group {group:?} subscribed to {topic:?} with order {stored:?} and this program says {wanted:?}: use another group name; a subscription cannot change to or from \"topic\"")]
+    #[error(
+        "group {group:?} subscribed to {topic:?} with order {stored:?} and this program says {wanted:?}: use another group name; a subscription cannot change to or from \"topic\""
+    )]
     OrderChanged {
         /// The group.
         group: String,

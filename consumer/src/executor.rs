@@ -259,7 +259,9 @@ impl Executor {
     }
 
     fn lease_is_valid(&self) -> bool {
-        self.membership.as_ref().is_none_or(|membership| membership.lease.is_valid())
+        self.membership
+            .as_ref()
+            .is_none_or(|membership| membership.lease.is_valid())
     }
 
     fn may_run(&self) -> bool {
@@ -287,7 +289,12 @@ impl Executor {
 
     fn claimed(&mut self, lanes: Vec<(u16, OwnedLane)>) {
         for (number, lane) in lanes {
-            let next = lane.pending.iter().copied().min().map_or(lane.cut, |least| least.min(lane.cut));
+            let next = lane
+                .pending
+                .iter()
+                .copied()
+                .min()
+                .map_or(lane.cut, |least| least.min(lane.cut));
             self.interest.set(number, true);
             self.lanes.insert(number, lane);
             match self.streams.iter_mut().find(|stream| stream.next == next) {
@@ -321,7 +328,10 @@ impl Executor {
     fn forget_queued(&mut self, forget: impl Fn(&Job) -> bool) {
         self.ready.retain(|job| !forget(job));
         self.retries.retain(|_, job| !forget(job));
-        self.plan.counters.retrying.store(self.retries.len() as u64, Ordering::Relaxed);
+        self.plan
+            .counters
+            .retrying
+            .store(self.retries.len() as u64, Ordering::Relaxed);
         for successors in self.keys.values_mut() {
             successors.retain(|job| !forget(job));
         }
@@ -331,7 +341,9 @@ impl Executor {
         if self.draining.is_empty() {
             return;
         }
-        let Some(membership) = self.membership.clone() else { return };
+        let Some(membership) = self.membership.clone() else {
+            return;
+        };
         let done: Vec<u16> = self
             .draining
             .keys()
@@ -346,7 +358,10 @@ impl Executor {
             self.forget_lane(lane);
         }
         // The session outlives its executors.
-        let _ = membership.events.send(Event::Released { subscription: membership.subscription, snapshot });
+        let _ = membership.events.send(Event::Released {
+            subscription: membership.subscription,
+            snapshot,
+        });
     }
 
     /// Stops everything of lanes that have another owner.
@@ -395,7 +410,9 @@ impl Executor {
                 }
                 self.reading = None;
             }
-            Err(error) => warn!(topic = %self.plan.topic, %error, "cannot check the log after a reconnect; trusting it"),
+            Err(error) => {
+                warn!(topic = %self.plan.topic, %error, "cannot check the log after a reconnect; trusting it")
+            }
         }
     }
 
@@ -420,7 +437,13 @@ impl Executor {
         if self.reading.is_some() || !self.may_run() || self.room() == 0 {
             return;
         }
-        let Some(stream) = self.streams.iter().find(|stream| stream.block.is_none() && !stream.at_head) else { return };
+        let Some(stream) = self
+            .streams
+            .iter()
+            .find(|stream| stream.block.is_none() && !stream.at_head)
+        else {
+            return;
+        };
         self.read(stream.next, false, 0);
     }
 
@@ -429,17 +452,37 @@ impl Executor {
         let wait = Duration::from_millis(50) * failures.min(40);
         let result = async move {
             tokio::time::sleep(wait).await;
-            if again { log.read_again(from).await } else { log.read(from).await }
+            if again {
+                log.read_again(from).await
+            } else {
+                log.read(from).await
+            }
         };
         let head = *self.head.borrow_and_update();
-        self.reading = Some(Reading { from, head, result: result.boxed(), failures });
+        self.reading = Some(Reading {
+            from,
+            head,
+            result: result.boxed(),
+            failures,
+        });
     }
 
     fn read_done(&mut self, result: Result<Option<Arc<Block>>, Arc<postbox::Error>>) {
-        let Some(Reading { from, head, failures, .. }) = self.reading.take() else { return };
+        let Some(Reading {
+            from, head, failures, ..
+        }) = self.reading.take()
+        else {
+            return;
+        };
         match result {
             Ok(Some(block)) => {
-                let Some(stream) = self.streams.iter_mut().find(|s| s.next == from && s.block.is_none()) else { return };
+                let Some(stream) = self
+                    .streams
+                    .iter_mut()
+                    .find(|s| s.next == from && s.block.is_none())
+                else {
+                    return;
+                };
                 if block.base > stream.next {
                     warn!(
                         topic = %self.plan.topic, group = %self.plan.group, from = stream.next, to = block.base,
@@ -483,10 +526,18 @@ impl Executor {
     }
 
     fn take_in_stream(&mut self, n: usize) -> bool {
-        let Some(block) = self.streams[n].block.clone() else { return false };
+        let Some(block) = self.streams[n].block.clone() else {
+            return false;
+        };
         // A stream that catches up ends where another one is, and goes on with it.
         let next = self.streams[n].next;
-        let limit = self.streams.iter().map(|other| other.next).filter(|other| *other > next).min().unwrap_or(i64::MAX);
+        let limit = self
+            .streams
+            .iter()
+            .map(|other| other.next)
+            .filter(|other| *other > next)
+            .min()
+            .unwrap_or(i64::MAX);
         let end = block.end().min(limit);
         let mut taken = 0;
         while taken < INTAKE && self.room() > 0 {
@@ -519,7 +570,10 @@ impl Executor {
         }
         if taken > 0 {
             self.dirty = true;
-            self.plan.counters.position.store(self.streams[n].next, Ordering::Relaxed);
+            self.plan
+                .counters
+                .position
+                .store(self.streams[n].next, Ordering::Relaxed);
         }
         if self.streams[n].next >= block.end() {
             self.streams[n].block = None;
@@ -573,7 +627,14 @@ impl Executor {
             Order::Topic => Some(0),
             Order::None => None,
         };
-        let job = Job { record, handler, offset, lane, key, attempt: 1 };
+        let job = Job {
+            record,
+            handler,
+            offset,
+            lane,
+            key,
+            attempt: 1,
+        };
         if let Some(successors) = key.and_then(|key| self.keys.get_mut(&key)) {
             self.unsettled.insert(offset, lane);
             successors.push_back(job);
@@ -603,7 +664,10 @@ impl Executor {
                 }
                 self.ready.push_back(entry.remove());
             }
-            self.plan.counters.retrying.store(self.retries.len() as u64, Ordering::Relaxed);
+            self.plan
+                .counters
+                .retrying
+                .store(self.retries.len() as u64, Ordering::Relaxed);
         }
         let mut budget = INTAKE;
         while budget > 0 && self.running.len() < self.plan.concurrency {
@@ -640,7 +704,10 @@ impl Executor {
 
     fn start_transaction(&mut self, job: Job) {
         let Some(membership) = &self.membership else {
-            return self.concluded(job, Verdict::from(Err(HandlerError::retry("a broadcast from memory has no Tx"))));
+            return self.concluded(
+                job,
+                Verdict::from(Err(HandlerError::retry("a broadcast from memory has no Tx"))),
+            );
         };
         let epoch = self.lanes.get(&job.lane).map_or(-1, |lane| lane.epoch);
         let fence = Fence {
@@ -653,7 +720,9 @@ impl Executor {
         let pool = self.plan.pool.clone();
         let invocation = self.invocation(&job);
         let handler = job.handler.clone();
-        self.spawn(job, async move { settlement::run(pool, fence, handler, invocation).await });
+        self.spawn(job, async move {
+            settlement::run(pool, fence, handler, invocation).await
+        });
     }
 
     fn invocation(&self, job: &Job) -> Invocation {
@@ -676,7 +745,12 @@ impl Executor {
             lane.running += 1;
         }
         let (offset, lane) = (job.offset, job.lane);
-        let abort = self.tasks.spawn(async move { Finished { job, verdict: run.await } });
+        let abort = self.tasks.spawn(async move {
+            Finished {
+                job,
+                verdict: run.await,
+            }
+        });
         self.running.insert(offset, (abort, lane));
     }
 
@@ -689,7 +763,11 @@ impl Executor {
             // Handlers' panics are caught, so this one was aborted with its lane.
             Err(error) => {
                 let id = error.id();
-                let offset = self.running.iter().find(|(_, (abort, _))| abort.id() == id).map(|(offset, _)| *offset);
+                let offset = self
+                    .running
+                    .iter()
+                    .find(|(_, (abort, _))| abort.id() == id)
+                    .map(|(offset, _)| *offset);
                 if let Some(offset) = offset {
                     self.no_longer_runs(offset);
                 }
@@ -753,14 +831,20 @@ impl Executor {
                 return self.settle(job);
             }
             Decision::RetryIn(wait) => wait,
-            Decision::Retry => job.handler.retry.wait(job.attempt, chance(message.seq, job.attempt)),
+            Decision::Retry => job
+                .handler
+                .retry
+                .wait(job.attempt, chance(message.seq, job.attempt)),
         };
         Counters::add(&self.plan.counters.failed);
         warn!(
             group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %message.id,
             offset = job.offset, attempt = job.attempt, error = failure.reason, retry_in = ?wait, "the handler failed"
         );
-        let job = Job { attempt: job.attempt + 1, ..job };
+        let job = Job {
+            attempt: job.attempt + 1,
+            ..job
+        };
         self.retry(job, wait);
     }
 
@@ -774,7 +858,10 @@ impl Executor {
             self.keys.entry(key).or_default();
         }
         self.retries.insert((Instant::now() + wait, job.offset), job);
-        self.plan.counters.retrying.store(self.retries.len() as u64, Ordering::Relaxed);
+        self.plan
+            .counters
+            .retrying
+            .store(self.retries.len() as u64, Ordering::Relaxed);
     }
 
     fn settle(&mut self, job: Job) {
@@ -812,14 +899,31 @@ impl Executor {
     fn snapshot(&self, include: impl Fn(u16) -> bool) -> Snapshot {
         let mut snapshot = Snapshot::default();
         for (number, lane) in self.lanes.iter().filter(|(number, _)| include(**number)) {
-            let next = self.streams.iter().find(|s| s.lanes.contains(number)).map(|s| s.next);
-            let next = next.or_else(|| self.draining.get(number).copied()).unwrap_or(lane.cut);
+            let next = self
+                .streams
+                .iter()
+                .find(|s| s.lanes.contains(number))
+                .map(|s| s.next);
+            let next = next
+                .or_else(|| self.draining.get(number).copied())
+                .unwrap_or(lane.cut);
             // Before a lane is read up to where it was claimed, what was settled then is still settled. Below `next` all that is
             // left are offsets of other lanes, which may be settled by now.
-            snapshot.pending.extend(lane.pending.iter().filter(|offset| **offset >= next));
-            snapshot.lanes.push(LanePosition { lane: *number, epoch: lane.epoch, position: next.max(lane.cut) });
+            snapshot
+                .pending
+                .extend(lane.pending.iter().filter(|offset| **offset >= next));
+            snapshot.lanes.push(LanePosition {
+                lane: *number,
+                epoch: lane.epoch,
+                position: next.max(lane.cut),
+            });
         }
-        snapshot.pending.extend(self.unsettled.iter().filter(|(_, lane)| include(**lane)).map(|(offset, _)| *offset));
+        snapshot.pending.extend(
+            self.unsettled
+                .iter()
+                .filter(|(_, lane)| include(**lane))
+                .map(|(offset, _)| *offset),
+        );
         // Lanes that were claimed together all have the same.
         snapshot.pending.sort_unstable();
         snapshot.pending.dedup();
@@ -844,7 +948,9 @@ pub(crate) fn panicked(panic: Box<dyn std::any::Any + Send>) -> HandlerError {
 }
 
 pub(crate) fn timed_out(timeout: Duration) -> HandlerError {
-    HandlerError::retry(format!("the handler took longer than its timeout of {timeout:?} and was cancelled"))
+    HandlerError::retry(format!(
+        "the handler took longer than its timeout of {timeout:?} and was cancelled"
+    ))
 }
 
 impl From<Outcome> for Verdict {
@@ -858,7 +964,9 @@ impl From<Outcome> for Verdict {
 
 /// Between 0 and 1, different for every message and attempt.
 fn chance(seq: i64, attempt: u32) -> f64 {
-    let mixed = (seq as u64).wrapping_add(u64::from(attempt) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mixed = (seq as u64)
+        .wrapping_add(u64::from(attempt) << 40)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (mixed >> 11) as f64 / (1_u64 << 53) as f64
 }
 

@@ -52,7 +52,9 @@ impl<M: Message + Send> Extract for M {
     fn declare(handler: &mut HandlerDefinition) {
         handler.topic.get_or_insert_with(|| M::TOPIC.to_owned());
         if handler.types.is_empty() {
-            handler.types.extend(M::TYPES.iter().map(|name| (*name).to_owned()));
+            handler
+                .types
+                .extend(M::TYPES.iter().map(|name| (*name).to_owned()));
         }
     }
 
@@ -62,7 +64,11 @@ impl<M: Message + Send> Extract for M {
             (Some(message_type), _) => message_type,
             // An untyped message is taken for the only type there is.
             (None, [only]) => only,
-            (None, _) => return Err(HandlerError::retry("the message has no type and the handler's type has several")),
+            (None, _) => {
+                return Err(HandlerError::retry(
+                    "the message has no type and the handler's type has several",
+                ));
+            }
         };
         M::decode(message_type, &message.payload).map_err(HandlerError::from)
     }

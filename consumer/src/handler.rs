@@ -253,23 +253,35 @@ pub(crate) enum Decision {
 impl HandlerError {
     /// Retried by the handler's policy.
     pub fn retry(why: impl fmt::Display) -> Self {
-        Self { decision: Decision::Retry, reason: why.to_string() }
+        Self {
+            decision: Decision::Retry,
+            reason: why.to_string(),
+        }
     }
 
     /// Retried after a span, whatever the policy's backoff says.
     pub fn retry_in(span: Duration, why: impl fmt::Display) -> Self {
-        Self { decision: Decision::RetryIn(span), reason: why.to_string() }
+        Self {
+            decision: Decision::RetryIn(span),
+            reason: why.to_string(),
+        }
     }
 
     /// Not a failure: the message runs again after a span as if it had not run, so nothing is counted or logged and the attempt keeps its
     /// number. Its key waits for it. For a handler that cannot do its work now through no fault of the message.
     pub fn postpone(span: Duration, why: impl fmt::Display) -> Self {
-        Self { decision: Decision::Postpone(span), reason: why.to_string() }
+        Self {
+            decision: Decision::Postpone(span),
+            reason: why.to_string(),
+        }
     }
 
     /// Not retried: the message is settled, counted and logged.
     pub fn discard(why: impl fmt::Display) -> Self {
-        Self { decision: Decision::Discard, reason: why.to_string() }
+        Self {
+            decision: Decision::Discard,
+            reason: why.to_string(),
+        }
     }
 }
 
@@ -299,7 +311,10 @@ impl<E: Into<Box<dyn std::error::Error + Send + Sync>>> From<E> for HandlerError
             }
             source = cause.source();
         }
-        Self { decision: Decision::Retry, reason }
+        Self {
+            decision: Decision::Retry,
+            reason,
+        }
     }
 }
 

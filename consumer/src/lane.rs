@@ -47,11 +47,20 @@ pub(crate) fn plan(me: i32, members: &[i32], dead: &HashSet<i32>, rows: &[LaneRo
     let mut members = members.to_vec();
     members.sort_unstable();
     members.dedup();
-    let Some(rank) = members.iter().position(|member| *member == me) else { return Plan::default() };
+    let Some(rank) = members.iter().position(|member| *member == me) else {
+        return Plan::default();
+    };
     let share = rows.len() / members.len() + usize::from(rank < rows.len() % members.len());
-    let mine: Vec<u16> = rows.iter().filter(|row| row.owner == Some(me)).map(|row| row.lane).collect();
+    let mine: Vec<u16> = rows
+        .iter()
+        .filter(|row| row.owner == Some(me))
+        .map(|row| row.lane)
+        .collect();
     if mine.len() > share {
-        return Plan { claim: Vec::new(), release: mine[share..].to_vec() };
+        return Plan {
+            claim: Vec::new(),
+            release: mine[share..].to_vec(),
+        };
     }
     // An owner that is neither a member nor dead may be an instance that no longer serves the subscription and is about to release.
     let claim = rows
@@ -60,7 +69,10 @@ pub(crate) fn plan(me: i32, members: &[i32], dead: &HashSet<i32>, rows: &[LaneRo
         .take(share - mine.len())
         .copied()
         .collect();
-    Plan { claim, release: Vec::new() }
+    Plan {
+        claim,
+        release: Vec::new(),
+    }
 }
 
 #[cfg(test)]
@@ -68,7 +80,15 @@ mod tests {
     use super::*;
 
     fn rows(owners: &[Option<i32>]) -> Vec<LaneRow> {
-        owners.iter().enumerate().map(|(n, owner)| LaneRow { lane: n as u16, epoch: 1, owner: *owner }).collect()
+        owners
+            .iter()
+            .enumerate()
+            .map(|(n, owner)| LaneRow {
+                lane: n as u16,
+                epoch: 1,
+                owner: *owner,
+            })
+            .collect()
     }
 
     /// Lets every member act once in turn until nobody does anything; returns the owners and how many lanes moved.
@@ -99,8 +119,10 @@ mod tests {
                 let ids: Vec<i32> = (1..=members).collect();
                 let (rows, _) = settle(rows(&vec![None; lanes]), &ids, &HashSet::new());
                 assert!(rows.iter().all(|row| row.owner.is_some()));
-                let counts: Vec<usize> =
-                    ids.iter().map(|id| rows.iter().filter(|row| row.owner == Some(*id)).count()).collect();
+                let counts: Vec<usize> = ids
+                    .iter()
+                    .map(|id| rows.iter().filter(|row| row.owner == Some(*id)).count())
+                    .collect();
                 let (least, most) = (counts.iter().min().unwrap(), counts.iter().max().unwrap());
                 assert!(most - least <= 1, "{counts:?}");
             }

@@ -50,7 +50,8 @@ pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats, UnknownType};
 pub use error::Error;
 pub use extract::{Delivery, Extract, Invocation, Json, Raw, State, Tx};
 pub use handler::{
-    BoxFuture, DEFAULT_TIMEOUT, DefineHandler, HandlerDefinition, HandlerError, IntoOutcome, Order, Outcome, Start,
+    BoxFuture, DEFAULT_TIMEOUT, DefineHandler, HandlerDefinition, HandlerError, IntoOutcome, Order, Outcome,
+    Start,
 };
 pub use postbox_macros::{handler, handlers};
 pub use retry::Retry;

@@ -34,17 +34,35 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    pub(crate) fn new(pool: PgPool, readers: PgPool, settings: Settings, subscriptions: Arc<Vec<Subscription>>) -> Self {
+    pub(crate) fn new(
+        pool: PgPool,
+        readers: PgPool,
+        settings: Settings,
+        subscriptions: Arc<Vec<Subscription>>,
+    ) -> Self {
         let mut logs = HashMap::new();
         for subscription in subscriptions.iter() {
             let topic = &subscription.plan.topic;
-            logs.entry(topic.clone()).or_insert_with(|| Arc::new(TopicLog::new(topic.clone(), readers.clone())));
+            logs.entry(topic.clone())
+                .or_insert_with(|| Arc::new(TopicLog::new(topic.clone(), readers.clone())));
         }
-        Self { pool, readers, settings, subscriptions, logs, former: HashSet::new(), broadcasts: Vec::new() }
+        Self {
+            pool,
+            readers,
+            settings,
+            subscriptions,
+            logs,
+            former: HashSet::new(),
+            broadcasts: Vec::new(),
+        }
     }
 
     /// Runs until the token is cancelled. `started` is told when everything is registered.
-    pub(crate) async fn run(mut self, token: CancellationToken, started: oneshot::Sender<()>) -> Result<(), Error> {
+    pub(crate) async fn run(
+        mut self,
+        token: CancellationToken,
+        started: oneshot::Sender<()>,
+    ) -> Result<(), Error> {
         // The first session's errors are the caller's; later ones are the network's.
         let mut session = Session::open(&mut self).await?;
         self.start_broadcasts().await?;
@@ -97,12 +115,21 @@ impl Process {
 
     /// Broadcasts from memory outlive sessions: a node that stays up sees every message once.
     async fn start_broadcasts(&mut self) -> Result<(), Error> {
-        for subscription in self.subscriptions.iter().filter(|subscription| subscription.kind == Kind::Memory) {
+        for subscription in self
+            .subscriptions
+            .iter()
+            .filter(|subscription| subscription.kind == Kind::Memory)
+        {
             let log = self.logs[&subscription.plan.topic].clone();
             let position = start_offset(&self.pool, &subscription.plan.topic, subscription.start).await?;
             let (commands, receiver) = mpsc::unbounded_channel();
-            let lane =
-                OwnedLane { epoch: 0, cut: position, pending: HashSet::new(), done: HashSet::new(), running: 0 };
+            let lane = OwnedLane {
+                epoch: 0,
+                cut: position,
+                pending: HashSet::new(),
+                done: HashSet::new(),
+                running: 0,
+            };
             // The receiver is right here.
             let _ = commands.send(Command::Claimed(vec![(0, lane)]));
             let executor = Executor::new(subscription.plan.clone(), 1, log, None, receiver);

@@ -29,7 +29,10 @@ pub(crate) struct Progress {
 
 impl Progress {
     pub(crate) fn new(dirty: Arc<Notify>) -> Self {
-        Self { snapshot: Mutex::new(None), dirty }
+        Self {
+            snapshot: Mutex::new(None),
+            dirty,
+        }
     }
 
     pub(crate) fn put(&self, snapshot: Snapshot) {
@@ -38,7 +41,10 @@ impl Progress {
     }
 
     pub(crate) fn take(&self) -> Option<Snapshot> {
-        self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.snapshot
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 }
 
@@ -70,7 +76,10 @@ pub(crate) struct Lease {
 
 impl Lease {
     pub(crate) fn until(end: Instant) -> Self {
-        let lease = Self { origin: Instant::now(), valid_ms: AtomicU64::new(0) };
+        let lease = Self {
+            origin: Instant::now(),
+            valid_ms: AtomicU64::new(0),
+        };
         lease.extend(end);
         lease
     }

@@ -32,13 +32,24 @@ impl SeenTail {
     }
 
     /// Compares what was seen with what the log says now; returns where to go on.
-    pub(crate) async fn resync(&mut self, log: &Arc<TopicLog>, next: i64) -> Result<i64, Arc<postbox::Error>> {
-        let Some(&(first, _)) = self.tail.front() else { return Ok(next) };
+    pub(crate) async fn resync(
+        &mut self,
+        log: &Arc<TopicLog>,
+        next: i64,
+    ) -> Result<i64, Arc<postbox::Error>> {
+        let Some(&(first, _)) = self.tail.front() else {
+            return Ok(next);
+        };
         let mut same = 0;
         let mut at = first;
         'log: while let Some(block) = log.read(at).await? {
-            for (offset, entry) in (block.base..).zip(&block.entries).skip((at - block.base).max(0) as usize) {
-                let Some(seen) = self.tail.get(same) else { break 'log };
+            for (offset, entry) in (block.base..)
+                .zip(&block.entries)
+                .skip((at - block.base).max(0) as usize)
+            {
+                let Some(seen) = self.tail.get(same) else {
+                    break 'log;
+                };
                 match entry {
                     Entry::Message(message) if (offset, message.seq) == *seen => same += 1,
                     // Offsets are dense, so the first that differs is where the numbering was lost.
@@ -49,7 +60,9 @@ impl SeenTail {
             at = block.end();
         }
         let lost = self.tail.split_off(same);
-        let Some(&(resume, _)) = lost.front() else { return Ok(next) };
+        let Some(&(resume, _)) = lost.front() else {
+            return Ok(next);
+        };
         self.already.extend(lost.into_iter().map(|(_, seq)| seq));
         Ok(resume)
     }

@@ -27,17 +27,23 @@ impl Default for Retry {
 impl Retry {
     /// The same wait before each attempt.
     pub const fn fixed(wait: Duration) -> Self {
-        Self { backoff: Backoff::Fixed(wait) }
+        Self {
+            backoff: Backoff::Fixed(wait),
+        }
     }
 
     /// `step`, 2 × `step`, 3 × `step`, … up to `cap`.
     pub const fn linear(step: Duration, cap: Duration) -> Self {
-        Self { backoff: Backoff::Linear { step, cap } }
+        Self {
+            backoff: Backoff::Linear { step, cap },
+        }
     }
 
     /// `first`, 2 × `first`, 4 × `first`, … up to `cap`.
     pub const fn exponential(first: Duration, cap: Duration) -> Self {
-        Self { backoff: Backoff::Exponential { first, cap } }
+        Self {
+            backoff: Backoff::Exponential { first, cap },
+        }
     }
 
     /// The wait after the attempt of this number (from 1) failed; `chance` from 0 to 1 is how much of the jitter is added.
@@ -45,9 +51,9 @@ impl Retry {
         let wait = match self.backoff {
             Backoff::Fixed(wait) => wait,
             Backoff::Linear { step, cap } => step.saturating_mul(attempt).min(cap),
-            Backoff::Exponential { first, cap } => {
-                first.saturating_mul(2_u32.saturating_pow(attempt.saturating_sub(1))).min(cap)
-            }
+            Backoff::Exponential { first, cap } => first
+                .saturating_mul(2_u32.saturating_pow(attempt.saturating_sub(1)))
+                .min(cap),
         };
         wait + wait.mul_f64(0.25 * chance.clamp(0.0, 1.0))
     }

@@ -46,11 +46,18 @@ pub(crate) fn tx_slot(connection: TxConnection) -> crate::extract::TxSlot {
 
 impl Router {
     pub(crate) fn new() -> Self {
-        Self { by_type: HashMap::new(), any: None }
+        Self {
+            by_type: HashMap::new(),
+            any: None,
+        }
     }
 
     /// Adds a handler for its types; the name of the one that already takes one of them is the error.
-    pub(crate) fn add(&mut self, types: &[String], handler: Arc<Handler>) -> Result<(), (&'static str, Option<String>)> {
+    pub(crate) fn add(
+        &mut self,
+        types: &[String],
+        handler: Arc<Handler>,
+    ) -> Result<(), (&'static str, Option<String>)> {
         if types.is_empty() {
             return match self.any.replace(handler) {
                 Some(other) => Err((other.name, None)),

@@ -296,13 +296,18 @@ impl Session {
     /// Says that it is alive, in time before the lease ends.
     async fn heartbeat(&mut self, process: &Process) -> Result<(), Lost> {
         if self.heartbeat_at.elapsed() > own_lease(self.lease_span) {
-            return Err(Lost("this instance did not run for longer than its lease".to_owned()));
+            return Err(Lost(
+                "this instance did not run for longer than its lease".to_owned(),
+            ));
         }
         if self.heartbeat_at.elapsed() < self.lease_span / 4 {
             return Ok(());
         }
         let sent = Instant::now();
-        let query = sqlx::query(HEARTBEAT).bind(self.id).bind(report(process)).execute(&mut self.listener);
+        let query = sqlx::query(HEARTBEAT)
+            .bind(self.id)
+            .bind(report(process))
+            .execute(&mut self.listener);
         if in_time(query).await?.rows_affected() == 0 {
             return Err(Lost("this instance's registration is gone".to_owned()));
         }
@@ -319,7 +324,10 @@ impl Session {
             _ => Vec::new(),
         };
         self.looks = self.looks.wrapping_add(1);
-        let query = sqlx::query_scalar(LOOK).bind(ids).bind(topics).fetch_one(&mut self.listener);
+        let query = sqlx::query_scalar(LOOK)
+            .bind(ids)
+            .bind(topics)
+            .fetch_one(&mut self.listener);
         let sqlx::types::Json(look): sqlx::types::Json<Look> = in_time(query).await?;
         for (topic, head) in &look.heads {
             if let Some(log) = process.logs.get(topic.as_str()) {
@@ -342,8 +350,12 @@ impl Session {
         let mut again = now + LOOK_EVERY;
         let registered: HashSet<i32> = look.members.iter().map(|member| member.id).collect();
         self.unlocked_since.retain(|id, _| registered.contains(id));
-        let mut dead: HashSet<i32> =
-            look.lanes.iter().filter_map(|lane| lane.owner).filter(|owner| !registered.contains(owner)).collect();
+        let mut dead: HashSet<i32> = look
+            .lanes
+            .iter()
+            .filter_map(|lane| lane.owner)
+            .filter(|owner| !registered.contains(owner))
+            .collect();
         dead.extend(&self.former);
         for member in look.members.iter().filter(|member| member.id != self.id) {
             if member.expired {
@@ -377,7 +389,11 @@ impl Session {
             .lanes
             .iter()
             .filter(|lane| lane.subscription == service.id)
-            .map(|lane| LaneRow { lane: lane.lane, epoch: lane.epoch, owner: lane.owner })
+            .map(|lane| LaneRow {
+                lane: lane.lane,
+                epoch: lane.epoch,
+                owner: lane.owner,
+            })
             .collect();
         let lost: Vec<u16> = rows
             .iter()
@@ -393,7 +409,10 @@ impl Session {
             service.command(Command::Revoke(lost));
         }
         // A lane that was claimed without the answer arriving is claimed again.
-        for row in rows.iter_mut().filter(|row| row.owner == Some(me) && !service.owned.contains_key(&row.lane)) {
+        for row in rows
+            .iter_mut()
+            .filter(|row| row.owner == Some(me) && !service.owned.contains_key(&row.lane))
+        {
             row.owner = None;
         }
         let plan = plan(me, &members, dead, &rows);
@@ -405,21 +424,37 @@ impl Session {
         }
         let lanes: Vec<i16> = plan.claim.iter().map(|row| row.lane as i16).collect();
         let epochs: Vec<i32> = plan.claim.iter().map(|row| row.epoch).collect();
-        let query = sqlx::query_as("SELECT lane, epoch, position, pending, done FROM postbox.claim($1, $2, $3, $4)")
-            .bind(me)
-            .bind(service.id)
-            .bind(lanes)
-            .bind(epochs)
-            .fetch_all(&mut self.listener);
+        let query =
+            sqlx::query_as("SELECT lane, epoch, position, pending, done FROM postbox.claim($1, $2, $3, $4)")
+                .bind(me)
+                .bind(service.id)
+                .bind(lanes)
+                .bind(epochs)
+                .fetch_all(&mut self.listener);
         let claimed: Vec<ClaimedRow> = in_time(query).await?;
         if claimed.is_empty() {
             return Ok(());
         }
-        info!(consumer = me, subscription = service.id, lanes = claimed.len(), of = service.lanes, "claimed lanes");
+        info!(
+            consumer = me,
+            subscription = service.id,
+            lanes = claimed.len(),
+            of = service.lanes,
+            "claimed lanes"
+        );
         let lanes = claimed.into_iter().map(|(lane, epoch, cut, pending, done)| {
             service.owned.insert(lane as u16, epoch);
             let pending = pending.into_iter().filter(|offset| *offset < cut).collect();
-            (lane as u16, OwnedLane { epoch, cut, pending, done: done.into_iter().collect(), running: 0 })
+            (
+                lane as u16,
+                OwnedLane {
+                    epoch,
+                    cut,
+                    pending,
+                    done: done.into_iter().collect(),
+                    running: 0,
+                },
+            )
         });
         let lanes = lanes.collect();
         service.command(Command::Claimed(lanes));
@@ -453,7 +488,13 @@ impl Session {
     }
 
     async fn release(&mut self, subscription: i32, snapshot: Snapshot) -> Result<(), Lost> {
-        let Some(service) = self.services.iter_mut().find(|service| service.id == subscription) else { return Ok(()) };
+        let Some(service) = self
+            .services
+            .iter_mut()
+            .find(|service| service.id == subscription)
+        else {
+            return Ok(());
+        };
         let mut columns = Columns::default();
         columns.push(service, snapshot);
         for lane in &columns.lanes {
@@ -483,7 +524,11 @@ impl Session {
             self.heartbeat(process).await?;
         }
         while let Ok(event) = self.events.try_recv() {
-            if let Event::Released { subscription, snapshot } = event {
+            if let Event::Released {
+                subscription,
+                snapshot,
+            } = event
+            {
                 self.release(subscription, snapshot).await?;
             }
         }
@@ -493,7 +538,9 @@ impl Session {
                 self.release(service.id, snapshot).await?;
             }
         }
-        let query = sqlx::query("DELETE FROM postbox.consumer WHERE id = $1").bind(self.id).execute(&mut self.listener);
+        let query = sqlx::query("DELETE FROM postbox.consumer WHERE id = $1")
+            .bind(self.id)
+            .execute(&mut self.listener);
         in_time(query).await?;
         Ok(())
     }
@@ -587,6 +634,8 @@ impl From<sqlx::Error> for Lost {
 async fn in_time<T>(statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Lost> {
     match tokio::time::timeout(STATEMENT_TIMEOUT, statement).await {
         Ok(result) => Ok(result?),
-        Err(_) => Err(Lost(format!("the server did not answer within {STATEMENT_TIMEOUT:?}"))),
+        Err(_) => Err(Lost(format!(
+            "the server did not answer within {STATEMENT_TIMEOUT:?}"
+        ))),
     }
 }

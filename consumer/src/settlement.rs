@@ -38,7 +38,13 @@ const BEGIN: &str =
 
 /// The fence and the commit go in one message, so an owner cannot be frozen between them.
 fn settle_and_commit(fence: &Fence) -> String {
-    let Fence { consumer, subscription, lane, epoch, offset } = fence;
+    let Fence {
+        consumer,
+        subscription,
+        lane,
+        epoch,
+        offset,
+    } = fence;
     format!(
         "SELECT postbox.settle({consumer}, {subscription}, {lane}::smallint, {epoch}, ARRAY[{offset}]::bigint[]); COMMIT"
     )
@@ -70,7 +76,9 @@ pub(crate) async fn run(
         Err(_) => Err(timed_out(timeout)),
     };
     let Some(mut connection) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-        return Verdict::Failed(HandlerError::retry("the handler still has its Tx: it must let it go before it returns"));
+        return Verdict::Failed(HandlerError::retry(
+            "the handler still has its Tx: it must let it go before it returns",
+        ));
     };
     if let Err(failure) = outcome {
         if sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await.is_ok() {

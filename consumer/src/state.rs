@@ -17,7 +17,10 @@ pub(crate) struct StateType {
 
 impl StateType {
     pub(crate) fn of<S: 'static>() -> Self {
-        Self { id: TypeId::of::<S>(), name: type_name::<S>() }
+        Self {
+            id: TypeId::of::<S>(),
+            name: type_name::<S>(),
+        }
     }
 }
 
@@ -27,7 +30,10 @@ impl States {
     }
 
     pub(crate) fn get<S: Clone + 'static>(&self) -> Option<S> {
-        self.0.get(&TypeId::of::<S>()).and_then(|state| state.downcast_ref::<S>()).cloned()
+        self.0
+            .get(&TypeId::of::<S>())
+            .and_then(|state| state.downcast_ref::<S>())
+            .cloned()
     }
 
     pub(crate) fn has(&self, state: StateType) -> bool {

@@ -60,24 +60,43 @@ pub(crate) fn plan_all(
             Audience::DurableBroadcast => format!("node/{}/{}", settings.node, definition.short_name()),
         };
         if !is_name(&group) {
-            return Err(Error::InvalidName { handler: definition.name, what: "group", name: group });
+            return Err(Error::InvalidName {
+                handler: definition.name,
+                what: "group",
+                name: group,
+            });
         }
-        match families.iter_mut().find(|family| family.group == group && family.topic == topic) {
+        match families
+            .iter_mut()
+            .find(|family| family.group == group && family.topic == topic)
+        {
             Some(family) => family.members.push(definition),
-            None => families.push(Family { audience, group, topic: topic.to_owned(), members: vec![definition] }),
+            None => families.push(Family {
+                audience,
+                group,
+                topic: topic.to_owned(),
+                members: vec![definition],
+            }),
         }
     }
     if families.is_empty() {
         return Err(Error::NoHandlers);
     }
-    families.into_iter().map(|family| family.plan(settings, states, pool)).collect()
+    families
+        .into_iter()
+        .map(|family| family.plan(settings, states, pool))
+        .collect()
 }
 
 fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a Audience, &'a str), Error> {
     let handler = definition.name;
     let audience = definition.audience.as_ref().ok_or(Error::NoGroup { handler })?;
     let topic = definition.topic.as_deref().ok_or(Error::NoTopic { handler })?;
-    let invalid = |what, name: &str| Error::InvalidName { handler, what, name: name.to_owned() };
+    let invalid = |what, name: &str| Error::InvalidName {
+        handler,
+        what,
+        name: name.to_owned(),
+    };
     if !is_name(topic) {
         return Err(invalid("topic", topic));
     }
@@ -85,12 +104,20 @@ fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a 
         return Err(invalid("type", name));
     }
     if let Some(state) = definition.states.iter().find(|state| !states.has(**state)) {
-        return Err(Error::MissingState { handler, state: state.name });
+        return Err(Error::MissingState {
+            handler,
+            state: state.name,
+        });
     }
     if *audience == Audience::Broadcast && definition.transactional {
         return Err(Error::BroadcastTx { handler });
     }
-    let out_of_range = |option, value: String, range| Error::OutOfRange { handler, option, value, range };
+    let out_of_range = |option, value: String, range| Error::OutOfRange {
+        handler,
+        option,
+        value,
+        range,
+    };
     if definition.concurrency == Some(0) {
         return Err(out_of_range("concurrency", "0".to_owned(), "it is at least 1"));
     }
@@ -108,15 +135,31 @@ impl Family<'_> {
         let kind = match self.audience {
             Audience::Group(_) => Kind::Group,
             Audience::Broadcast => Kind::Memory,
-            Audience::DurableBroadcast => Kind::Durable { node: settings.node.clone() },
+            Audience::DurableBroadcast => Kind::Durable {
+                node: settings.node.clone(),
+            },
         };
-        let order = self.agreed("order", |definition| definition.order)?.unwrap_or_default();
-        let default_start = if kind == Kind::Group { Start::Earliest } else { Start::Latest };
-        let start = self.agreed("start", |definition| definition.start)?.unwrap_or(default_start);
-        let lanes = self.agreed("lanes", |definition| definition.lanes)?.unwrap_or(DEFAULT_LANES);
+        let order = self
+            .agreed("order", |definition| definition.order)?
+            .unwrap_or_default();
+        let default_start = if kind == Kind::Group {
+            Start::Earliest
+        } else {
+            Start::Latest
+        };
+        let start = self
+            .agreed("start", |definition| definition.start)?
+            .unwrap_or(default_start);
+        let lanes = self
+            .agreed("lanes", |definition| definition.lanes)?
+            .unwrap_or(DEFAULT_LANES);
         let one_lane = kind != Kind::Group || order == Order::Topic;
-        let mut concurrency =
-            self.members.iter().filter_map(|definition| definition.concurrency).max().unwrap_or(DEFAULT_CONCURRENCY);
+        let mut concurrency = self
+            .members
+            .iter()
+            .filter_map(|definition| definition.concurrency)
+            .max()
+            .unwrap_or(DEFAULT_CONCURRENCY);
         if self.members.iter().any(|definition| definition.transactional) {
             // More would only wait for a connection.
             concurrency = concurrency.min(pool.options().get_max_connections() as usize);
@@ -124,13 +167,17 @@ impl Family<'_> {
 
         let mut router = Router::new();
         for definition in &self.members {
-            let handler = Arc::new(Handler::new(definition).ok_or(Error::NoCall { handler: definition.name })?);
-            router.add(&definition.types, handler).map_err(|(first, message_type)| Error::DuplicateHandler {
-                first,
-                second: definition.name,
-                group: self.group.clone(),
-                message_type,
-            })?;
+            let handler = Arc::new(Handler::new(definition).ok_or(Error::NoCall {
+                handler: definition.name,
+            })?);
+            router
+                .add(&definition.types, handler)
+                .map_err(|(first, message_type)| Error::DuplicateHandler {
+                    first,
+                    second: definition.name,
+                    group: self.group.clone(),
+                    message_type,
+                })?;
         }
         let plan = Plan {
             group: self.group.into(),
@@ -145,7 +192,11 @@ impl Family<'_> {
             pool: pool.clone(),
             counters: Counters::default(),
         };
-        Ok(Subscription { plan: Arc::new(plan), kind, start })
+        Ok(Subscription {
+            plan: Arc::new(plan),
+            kind,
+            start,
+        })
     }
 
     fn agreed<T: PartialEq>(
@@ -158,18 +209,33 @@ impl Family<'_> {
         if said.all(|other| Some(other) == first) {
             return Ok(first);
         }
-        Err(Error::Disagreement { group: self.group.clone(), topic: self.topic.clone(), option })
+        Err(Error::Disagreement {
+            group: self.group.clone(),
+            topic: self.topic.clone(),
+            option,
+        })
     }
 }
 
 /// Runs for messages of an unknown type where that is an error: they fail until a handler for them is deployed.
 fn refuse_unknown() -> Handler {
     let definition = HandlerDefinition::new("unknown type")
-        .retry(Retry::exponential(Duration::from_secs(1), Duration::from_secs(60)))
+        .retry(Retry::exponential(
+            Duration::from_secs(1),
+            Duration::from_secs(60),
+        ))
         .call(|invocation| {
             Box::pin(async move {
-                let message_type = invocation.record.message().message_type.as_deref().unwrap_or("(none)");
-                Err(HandlerError::retry(format!("no handler of group {} takes type {message_type:?}", invocation.group)))
+                let message_type = invocation
+                    .record
+                    .message()
+                    .message_type
+                    .as_deref()
+                    .unwrap_or("(none)");
+                Err(HandlerError::retry(format!(
+                    "no handler of group {} takes type {message_type:?}",
+                    invocation.group
+                )))
             })
         });
     Handler::new(&definition).expect("the definition has a function to call")

@@ -52,7 +52,12 @@ struct State {
 
 impl TopicLog {
     pub(crate) fn new(topic: Arc<str>, readers: PgPool) -> Self {
-        Self { topic, readers, head: watch::Sender::new(0), state: Mutex::default() }
+        Self {
+            topic,
+            readers,
+            head: watch::Sender::new(0),
+            state: Mutex::default(),
+        }
     }
 
     /// The topic's next offset, as far as it is known; changes wake who waits.
@@ -62,7 +67,8 @@ impl TopicLog {
 
     /// Learns the next offset from a notification or a look at the database.
     pub(crate) fn set_head(&self, head: i64) {
-        self.head.send_if_modified(|known| std::mem::replace(known, head) != head);
+        self.head
+            .send_if_modified(|known| std::mem::replace(known, head) != head);
     }
 
     /// Registers lanes that somebody in this process owns; only messages in such lanes are read.
@@ -85,7 +91,12 @@ impl TopicLog {
     pub(crate) async fn read(self: &Arc<Self>, from: i64) -> ReadResult {
         let read = {
             let mut state = self.lock();
-            if let Some((_, block)) = state.blocks.range(..=from).next_back().filter(|(_, b)| from < b.end()) {
+            if let Some((_, block)) = state
+                .blocks
+                .range(..=from)
+                .next_back()
+                .filter(|(_, b)| from < b.end())
+            {
                 return Ok(Some(block.clone()));
             }
             match state.reading.get(&from) {
@@ -113,7 +124,12 @@ impl TopicLog {
     pub(crate) async fn read_again(self: &Arc<Self>, from: i64) -> ReadResult {
         {
             let mut state = self.lock();
-            if let Some((&base, _)) = state.blocks.range(..=from).next_back().filter(|(_, b)| from < b.end()) {
+            if let Some((&base, _)) = state
+                .blocks
+                .range(..=from)
+                .next_back()
+                .filter(|(_, b)| from < b.end())
+            {
                 state.evict(base);
             }
             state.reading.remove(&from);
@@ -134,27 +150,43 @@ impl TopicLog {
         let mut connection = self.readers.acquire().await?;
         let mut segments = self.indexed(from);
         if segments.is_empty() {
-            let index = log::segments(&mut connection, &self.topic, Offset::new(from), INDEX_SEGMENTS).await?;
+            let index =
+                log::segments(&mut connection, &self.topic, Offset::new(from), INDEX_SEGMENTS).await?;
             let mut state = self.lock();
             if state.generation == generation {
                 state.index = index.clone();
             }
             segments = index;
         }
-        let Some(first) = segments.first() else { return Ok(None) };
+        let Some(first) = segments.first() else {
+            return Ok(None);
+        };
         let from = from.max(first.base().get());
         let to = block_end(&segments, from);
         let wants = self.wants();
         let wanted = |offset: Offset, key: Option<i32>| wants(offset.get(), key);
-        let found = log::messages(&mut connection, &self.topic, &segments, Offset::new(from), Offset::new(to), wanted).await?;
+        let found = log::messages(
+            &mut connection,
+            &self.topic,
+            &segments,
+            Offset::new(from),
+            Offset::new(to),
+            wanted,
+        )
+        .await?;
         drop(connection);
 
         let mut bytes = 0;
         let mut entries = Vec::with_capacity(found.len());
         let mut segments = segments.iter().peekable();
         for (offset, message) in (from..).zip(found) {
-            while segments.next_if(|segment| segment.end().get() <= offset).is_some() {}
-            let key = segments.peek().and_then(|segment| segment.key_hash(Offset::new(offset)));
+            while segments
+                .next_if(|segment| segment.end().get() <= offset)
+                .is_some()
+            {}
+            let key = segments
+                .peek()
+                .and_then(|segment| segment.key_hash(Offset::new(offset)));
             entries.push(match message {
                 Some(message) => {
                     bytes += message.payload.len() + MESSAGE_OVERHEAD;
@@ -164,7 +196,11 @@ impl TopicLog {
                 None => Entry::Unread(key),
             });
         }
-        let block = Arc::new(Block { base: from, entries, bytes });
+        let block = Arc::new(Block {
+            base: from,
+            entries,
+            bytes,
+        });
         self.lock().keep(block.clone(), generation);
         Ok(Some(block))
     }
@@ -234,7 +270,9 @@ impl State {
 }
 
 fn ended(error: &tokio::task::JoinError) -> postbox::Error {
-    postbox::Error::Database(sqlx::Error::Io(std::io::Error::other(format!("the read ended early: {error}"))))
+    postbox::Error::Database(sqlx::Error::Io(std::io::Error::other(format!(
+        "the read ended early: {error}"
+    ))))
 }
 
 /// Where a block that begins at `from` ends.
@@ -264,7 +302,10 @@ pub(crate) struct Interest {
 
 impl Interest {
     pub(crate) fn new(lanes: u16) -> Self {
-        Self { lanes, owned: (0..lanes.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
+        Self {
+            lanes,
+            owned: (0..lanes.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+        }
     }
 
     pub(crate) fn set(&self, lane: u16, owned: bool) {
@@ -277,8 +318,15 @@ impl Interest {
     }
 
     fn now(&self) -> OwnedLanes {
-        let owned = self.owned.iter().map(|word| word.load(Ordering::Relaxed)).collect();
-        OwnedLanes { lanes: self.lanes, owned }
+        let owned = self
+            .owned
+            .iter()
+            .map(|word| word.load(Ordering::Relaxed))
+            .collect();
+        OwnedLanes {
+            lanes: self.lanes,
+            owned,
+        }
     }
 }
 

@@ -28,7 +28,10 @@ pub struct Dispatcher {
 impl Dispatcher {
     /// A dispatcher for this database.
     pub fn new(pool: PgPool) -> Self {
-        Self { pool, tick: Duration::from_millis(4) }
+        Self {
+            pool,
+            tick: Duration::from_millis(4),
+        }
     }
 
     /// The pause between two steps under load (default 4 ms): a longer one makes larger steps, which cost less a message and come later.
@@ -46,7 +49,11 @@ impl Dispatcher {
         let sequencer = Sequencer::connect(&self.pool, self.tick, counters.clone()).await?;
         let token = CancellationToken::new();
         let task = tokio::spawn(self.serve(sequencer, counters.clone(), token.clone()));
-        Ok(DispatcherHandle { token, task, counters })
+        Ok(DispatcherHandle {
+            token,
+            task,
+            counters,
+        })
     }
 
     /// Runs until `shutdown` completes.
@@ -119,6 +126,8 @@ impl Drop for DispatcherHandle {
 
 /// Between the span and one and a half times it.
 fn jittered(span: Duration) -> Duration {
-    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.subsec_nanos());
+    let nanos = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.subsec_nanos());
     span + span.mul_f64(f64::from(nanos % 1_000) / 2_000.0)
 }

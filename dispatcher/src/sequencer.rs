@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use sqlx::postgres::{PgListener, PgPoolOptions};
 use sqlx::PgPool;
+use sqlx::postgres::{PgListener, PgPoolOptions};
 
 /// Without work for so long, a dispatcher that polls goes to sleep.
 const BUSY_FOR: Duration = Duration::from_millis(60);
@@ -33,7 +33,10 @@ pub(crate) struct Counters {
 
 impl Counters {
     pub(crate) fn read(&self) -> (u64, u64) {
-        (self.steps.load(Ordering::Relaxed), self.messages.load(Ordering::Relaxed))
+        (
+            self.steps.load(Ordering::Relaxed),
+            self.messages.load(Ordering::Relaxed),
+        )
     }
 }
 
@@ -74,8 +77,14 @@ enum Bell {
 }
 
 impl Sequencer {
-    pub(crate) async fn connect(pool: &PgPool, tick: Duration, counters: Arc<Counters>) -> Result<Self, sqlx::Error> {
-        let options = (*pool.connect_options()).clone().application_name("postbox dispatcher");
+    pub(crate) async fn connect(
+        pool: &PgPool,
+        tick: Duration,
+        counters: Arc<Counters>,
+    ) -> Result<Self, sqlx::Error> {
+        let options = (*pool.connect_options())
+            .clone()
+            .application_name("postbox dispatcher");
         let own = PgPoolOptions::new()
             .max_connections(1)
             .max_lifetime(None)
@@ -88,7 +97,14 @@ impl Sequencer {
         listener.eager_reconnect(false);
         listener.listen("postbox_outbox").await?;
         sqlx::raw_sql(SETTINGS).execute(&mut listener).await?;
-        Ok(Self { listener, _pool: own, tick, counters, last_tick: None, last_look: None })
+        Ok(Self {
+            listener,
+            _pool: own,
+            tick,
+            counters,
+            last_tick: None,
+            last_look: None,
+        })
     }
 
     /// Runs until the connection is lost.
@@ -141,7 +157,11 @@ impl Sequencer {
             }
             self.step().await?;
         }
-        in_time(STATEMENT_TIMEOUT, sqlx::query(GIVE_BELL).execute(&mut self.listener)).await?;
+        in_time(
+            STATEMENT_TIMEOUT,
+            sqlx::query(GIVE_BELL).execute(&mut self.listener),
+        )
+        .await?;
         Ok(())
     }
 
@@ -173,26 +193,41 @@ impl Sequencer {
             return Ok(Bell::Mine);
         }
         let others = sqlx::query_scalar(BELL_IS_TAKEN).fetch_one(&mut self.listener);
-        Ok(if in_time(STATEMENT_TIMEOUT, others).await? { Bell::Others } else { Bell::Busy })
+        Ok(if in_time(STATEMENT_TIMEOUT, others).await? {
+            Bell::Others
+        } else {
+            Bell::Busy
+        })
     }
 
     async fn step(&mut self) -> Result<i64, sqlx::Error> {
-        let step = sqlx::query_as(STEP).bind(self.last_tick).bind(self.last_look.take()).fetch_one(&mut self.listener);
+        let step = sqlx::query_as(STEP)
+            .bind(self.last_tick)
+            .bind(self.last_look.take())
+            .fetch_one(&mut self.listener);
         let (tick, look, messages): (Option<i64>, Option<String>, i64) = in_time(STEP_TIMEOUT, step).await?;
         (self.last_tick, self.last_look) = (tick, look);
         if messages > 0 {
             self.counters.steps.fetch_add(1, Ordering::Relaxed);
-            self.counters.messages.fetch_add(messages as u64, Ordering::Relaxed);
+            self.counters
+                .messages
+                .fetch_add(messages as u64, Ordering::Relaxed);
         }
         Ok(messages)
     }
 }
 
 fn closed() -> sqlx::Error {
-    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the server closed the connection"))
+    sqlx::Error::Io(std::io::Error::new(
+        std::io::ErrorKind::UnexpectedEof,
+        "the server closed the connection",
+    ))
 }
 
-async fn in_time<T>(limit: Duration, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+async fn in_time<T>(
+    limit: Duration,
+    statement: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, sqlx::Error> {
     match tokio::time::timeout(limit, statement).await {
         Ok(result) => result,
         Err(_) => Err(sqlx::Error::Io(std::io::Error::new(

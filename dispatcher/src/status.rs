@@ -106,7 +106,9 @@ pub async fn read(pool: &PgPool) -> Result<Status, postbox::Error> {
     Ok(Status {
         schema_version: postbox::SCHEMA_VERSION,
         dispatchers: dispatchers(pool).await?,
-        last_tick_at: sqlx::query_scalar("SELECT at FROM postbox.tick ORDER BY id DESC LIMIT 1").fetch_optional(pool).await?,
+        last_tick_at: sqlx::query_scalar("SELECT at FROM postbox.tick ORDER BY id DESC LIMIT 1")
+            .fetch_optional(pool)
+            .await?,
         topics: sqlx::query_as(TOPICS).fetch_all(pool).await?,
         subscriptions: sqlx::query_as(SUBSCRIPTIONS).fetch_all(pool).await?,
         consumers: sqlx::query_as(CONSUMERS).fetch_all(pool).await?,

@@ -34,7 +34,10 @@ async fn no_op(_message: Raw, State(handled): State<Handled>) {
 async fn main() -> anyhow::Result<()> {
     let server = TestPostgres::find_or_start().await?;
     let database = server.database().await?;
-    let pool = PgPoolOptions::new().max_connections(CLIENTS as u32 + 2).connect(database.url()).await?;
+    let pool = PgPoolOptions::new()
+        .max_connections(CLIENTS as u32 + 2)
+        .connect(database.url())
+        .await?;
     sqlx::raw_sql(
         "CREATE TABLE business (id bigint, note text); \
          CREATE TABLE plain (id uuid, topic text, type text, key text, headers jsonb, content_type text, payload bytea, \
@@ -43,7 +46,10 @@ async fn main() -> anyhow::Result<()> {
     .execute(&pool)
     .await?;
     let dispatcher = Dispatcher::new(pool.clone()).start().await?;
-    println!("PostgreSQL {}, {CLIENTS} clients, {ROUNDS} rounds of {ROUND:?}", server.version());
+    println!(
+        "PostgreSQL {}, {CLIENTS} clients, {ROUNDS} rounds of {ROUND:?}",
+        server.version()
+    );
 
     publish(&pool).await?;
     throughput(&pool, database.url()).await?;
@@ -77,7 +83,10 @@ async fn rate(pool: &PgPool, with_message: bool) -> anyhow::Result<f64> {
             let mut transactions = 0_u64;
             while begun.elapsed() < ROUND {
                 let mut tx = pool.begin().await?;
-                sqlx::query("INSERT INTO business VALUES ($1, 'changed')").bind(client as i64).execute(&mut *tx).await?;
+                sqlx::query("INSERT INTO business VALUES ($1, 'changed')")
+                    .bind(client as i64)
+                    .execute(&mut *tx)
+                    .await?;
                 if with_message {
                     tx.publish(message(transactions)).await?;
                 } else {
@@ -110,7 +119,9 @@ async fn throughput(pool: &PgPool, url: &str) -> anyhow::Result<()> {
         .state(handled.clone())
         .handlers(handlers![no_op]);
     let consumer = consumer.start().await?;
-    let mut expected: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.outbox").fetch_one(pool).await?;
+    let mut expected: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.outbox")
+        .fetch_one(pool)
+        .await?;
     wait(&handled, expected as u64).await?;
     let mut rates = Vec::new();
     for _ in 0..ROUNDS {
@@ -137,21 +148,32 @@ async fn throughput(pool: &PgPool, url: &str) -> anyhow::Result<()> {
         rates.push(published as f64 / begun.elapsed().as_secs_f64());
     }
     consumer.shutdown().await?;
-    println!("end to end: {:.0} messages/s, published in batches of {BATCH} and handled by one group", median(&mut rates));
+    println!(
+        "end to end: {:.0} messages/s, published in batches of {BATCH} and handled by one group",
+        median(&mut rates)
+    );
     Ok(())
 }
 
 async fn wait(handled: &Handled, expected: u64) -> anyhow::Result<()> {
     let begun = Instant::now();
     while handled.0.load(Ordering::Relaxed) < expected {
-        ensure!(begun.elapsed() < Duration::from_secs(120), "{} of {expected} messages came", handled.0.load(Ordering::Relaxed));
+        ensure!(
+            begun.elapsed() < Duration::from_secs(120),
+            "{} of {expected} messages came",
+            handled.0.load(Ordering::Relaxed)
+        );
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    ensure!(handled.0.load(Ordering::Relaxed) == expected, "more messages came than were published");
+    ensure!(
+        handled.0.load(Ordering::Relaxed) == expected,
+        "more messages came than were published"
+    );
     Ok(())
 }
 
-const PAYLOAD: &[u8] = br#"{"order_id":"0190163d-8694-739b-aea5-966c26f8ad91","total_cents":1999,"currency":"EUR"}"#;
+const PAYLOAD: &[u8] =
+    br#"{"order_id":"0190163d-8694-739b-aea5-966c26f8ad91","total_cents":1999,"currency":"EUR"}"#;
 
 fn message(n: u64) -> Outgoing {
     Outgoing::bytes("measure", postbox::JSON, PAYLOAD).key((n % 1000).to_string())
@@ -159,5 +181,9 @@ fn message(n: u64) -> Outgoing {
 
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().context("no rounds").unwrap_or(f64::NAN)
+    values
+        .get(values.len() / 2)
+        .copied()
+        .context("no rounds")
+        .unwrap_or(f64::NAN)
 }

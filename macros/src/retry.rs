@@ -38,7 +38,10 @@ impl Retry {
 
     /// The expression that makes it.
     pub(crate) fn expression(&self) -> TokenStream {
-        let start = self.backoff.as_ref().map_or_else(|| quote!(default()), Backoff::expression);
+        let start = self
+            .backoff
+            .as_ref()
+            .map_or_else(|| quote!(default()), Backoff::expression);
         quote!(::postbox_consumer::Retry::#start)
     }
 }

@@ -143,7 +143,10 @@ pub async fn messages(
 ) -> Result<Vec<Option<StoredMessage>>> {
     // Consecutive segments of one slot are one request.
     let mut requests: Vec<Request> = Vec::new();
-    for segment in segments.iter().filter(|segment| segment.end() > from && segment.base() < to) {
+    for segment in segments
+        .iter()
+        .filter(|segment| segment.end() > from && segment.base() < to)
+    {
         if requests.last().is_none_or(|request| request.slot != segment.slot) {
             requests.push(Request::new(segment.slot, segment.base.max(from.get())));
         }
@@ -183,7 +186,12 @@ const BY_ADDRESS: &str = "SELECT o.seq, o.id, o.type, o.key, o.headers, o.conten
 
 impl Request {
     fn new(slot: i16, from: i64) -> Self {
-        Self { slot, from, to: from, entries: Vec::new() }
+        Self {
+            slot,
+            from,
+            to: from,
+            entries: Vec::new(),
+        }
     }
 
     fn extend(&mut self, segment: &Segment, to: Offset, wanted: impl Fn(Offset, Option<i32>) -> bool) {
@@ -192,7 +200,8 @@ impl Request {
         for offset in (from..self.to).map(Offset::new) {
             let key_hash = segment.key_hash(offset);
             if wanted(offset, key_hash) {
-                self.entries.push((segment.address(offset.get()), offset, key_hash));
+                self.entries
+                    .push((segment.address(offset.get()), offset, key_hash));
             }
         }
     }
@@ -272,7 +281,13 @@ impl Request {
     }
 }
 
-fn decode(row: &PgRow, seq: i64, offset: Offset, key_hash: Option<i32>, types: &mut Types) -> Result<StoredMessage> {
+fn decode(
+    row: &PgRow,
+    seq: i64,
+    offset: Offset,
+    key_hash: Option<i32>,
+    types: &mut Types,
+) -> Result<StoredMessage> {
     let headers: Option<sqlx::types::Json<serde_json::Map<String, Value>>> = row.try_get_unchecked(4)?;
     Ok(StoredMessage {
         id: MessageId::from(row.try_get_unchecked::<Uuid, _>(1)?),

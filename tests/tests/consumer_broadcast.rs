@@ -24,8 +24,19 @@ async fn keep(step: Step, State(history): State<History>) {
     history.note(&step, Instant::now());
 }
 
-async fn node(bench: &Bench, name: &str, handlers: Vec<HandlerDefinition>, history: &History) -> postbox_consumer::ConsumerHandle {
-    Consumer::new(bench.db.connect_pool(2)).node(name).handlers(handlers).state(history.clone()).start().await.unwrap()
+async fn node(
+    bench: &Bench,
+    name: &str,
+    handlers: Vec<HandlerDefinition>,
+    history: &History,
+) -> postbox_consumer::ConsumerHandle {
+    Consumer::new(bench.db.connect_pool(2))
+        .node(name)
+        .handlers(handlers)
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -34,7 +45,11 @@ async fn every_node_sees_every_message_once_and_in_order() {
     // Before any node is up: a cache starts at the latest.
     publish_steps(bench.db.pool(), &[step("before", 0)]).await;
     eventually(PATIENCE, || async {
-        if bench.number("SELECT postbox.next_offset('steps')").await == 1 { Ok(()) } else { Err("not sequenced") }
+        if bench.number("SELECT postbox.next_offset('steps')").await == 1 {
+            Ok(())
+        } else {
+            Err("not sequenced")
+        }
     })
     .await;
     let histories = [History::default(), History::default(), History::default()];
@@ -69,7 +84,10 @@ async fn a_node_that_stays_up_sees_every_message_once_although_the_server_is_kil
         }
         server.kill().await.unwrap();
         server.start().await.unwrap();
-        eventually(PATIENCE, || async { sqlx::query("SELECT 1").execute(bench.db.pool()).await }).await;
+        eventually(PATIENCE, || async {
+            sqlx::query("SELECT 1").execute(bench.db.pool()).await
+        })
+        .await;
     }
     history.has(10 * published as usize).await;
     history.assert_in_order_and_alone(10, published);
@@ -86,7 +104,10 @@ async fn a_node_whose_connections_are_cut_sees_every_message_once() {
         if n % 8 == 3 {
             bench.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() \
                 AND pid <> pg_backend_pid() AND query NOT LIKE 'COMMIT%'").await;
-            eventually(PATIENCE, || async { sqlx::query("SELECT 1").execute(bench.db.pool()).await }).await;
+            eventually(PATIENCE, || async {
+                sqlx::query("SELECT 1").execute(bench.db.pool()).await
+            })
+            .await;
         }
     }
     history.has(400).await;
@@ -101,11 +122,17 @@ async fn a_durable_node_goes_on_where_it_stopped() {
     publish_steps(bench.db.pool(), &steps(5, 10)).await;
     history.has(50).await;
     first.shutdown().await.unwrap();
-    let more: Vec<Step> = (10..20).flat_map(|n| (0..5).map(move |key| step(key, n))).collect();
+    let more: Vec<Step> = (10..20)
+        .flat_map(|n| (0..5).map(move |key| step(key, n)))
+        .collect();
     publish_steps(bench.db.pool(), &more).await;
     // Another node has a cursor of its own, which begins at the latest.
     eventually(PATIENCE, || async {
-        if bench.number("SELECT postbox.next_offset('steps')").await == 100 { Ok(()) } else { Err("not sequenced") }
+        if bench.number("SELECT postbox.next_offset('steps')").await == 100 {
+            Ok(())
+        } else {
+            Err("not sequenced")
+        }
     })
     .await;
     let _other = node(&bench, "b", handlers![keep], &other).await;
@@ -123,15 +150,29 @@ async fn broken(_step: Step) -> Result<(), HandlerError> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_fails_or_lags_is_visible() {
     let bench = bench().await;
-    let consumer = Consumer::new(bench.pool()).name("sick").lease(Duration::from_secs(6)).handlers(handlers![broken]);
+    let consumer = Consumer::new(bench.pool())
+        .name("sick")
+        .lease(Duration::from_secs(6))
+        .handlers(handlers![broken]);
     let _consumer = consumer.start().await.unwrap();
     publish_steps(bench.db.pool(), &[step("k", 0), step("k", 1)]).await;
     eventually(PATIENCE, || async {
-        let status = postbox_dispatcher::status::read(bench.db.pool()).await.map_err(|error| error.to_string())?;
-        let sick = status.consumers.iter().find(|consumer| consumer.name == "sick").ok_or("not there")?;
+        let status = postbox_dispatcher::status::read(bench.db.pool())
+            .await
+            .map_err(|error| error.to_string())?;
+        let sick = status
+            .consumers
+            .iter()
+            .find(|consumer| consumer.name == "sick")
+            .ok_or("not there")?;
         let report = &sick.report[0];
-        let visible = report["failed"].as_u64() > Some(0) && report["retrying"] == 1 && report["memory"] == true;
-        if visible && sick.live { Ok(()) } else { Err(format!("{report}")) }
+        let visible =
+            report["failed"].as_u64() > Some(0) && report["retrying"] == 1 && report["memory"] == true;
+        if visible && sick.live {
+            Ok(())
+        } else {
+            Err(format!("{report}"))
+        }
     })
     .await;
 }
@@ -141,7 +182,11 @@ async fn a_node_can_replay_a_span_to_warm_its_cache() {
     let bench = bench().await;
     publish_steps(bench.db.pool(), &steps(2, 5)).await;
     eventually(PATIENCE, || async {
-        if bench.number("SELECT postbox.next_offset('steps')").await == 10 { Ok(()) } else { Err("not sequenced") }
+        if bench.number("SELECT postbox.next_offset('steps')").await == 10 {
+            Ok(())
+        } else {
+            Err("not sequenced")
+        }
     })
     .await;
     let history = History::default();
@@ -153,7 +198,10 @@ async fn a_node_can_replay_a_span_to_warm_its_cache() {
         .call(move |mut invocation| {
             let noted = noted.clone();
             Box::pin(async move {
-                noted.note(&<Step as Extract>::extract(&mut invocation).await?, Instant::now());
+                noted.note(
+                    &<Step as Extract>::extract(&mut invocation).await?,
+                    Instant::now(),
+                );
                 Ok(())
             })
         });

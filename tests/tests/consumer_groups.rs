@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use postbox::{Message, Outgoing};
 use postbox_consumer::{
-    Consumer, Delivery, Error, Extract, HandlerDefinition, HandlerError, Json, Raw, Start, State, Tx, UnknownType, handler,
-    handlers,
+    Consumer, Delivery, Error, Extract, HandlerDefinition, HandlerError, Json, Raw, Start, State, Tx,
+    UnknownType, handler, handlers,
 };
 use postbox_testkit::eventually;
 use support::{History, PATIENCE, Step, bench, publish_steps, settled, step, steps};
@@ -37,7 +37,10 @@ async fn failing(_step: Step) -> Result<(), HandlerError> {
 async fn a_slow_and_a_failing_group_delay_no_other() {
     let bench = bench().await;
     let (history, slow_one) = (History::default(), Slow::default());
-    let consumer = bench.consumer(handlers![quick, slow, failing]).state(history.clone()).state(slow_one.clone());
+    let consumer = bench
+        .consumer(handlers![quick, slow, failing])
+        .state(history.clone())
+        .state(slow_one.clone());
     let consumer = consumer.start().await.unwrap();
     publish_steps(bench.db.pool(), &steps(50, 4)).await;
     history.has(200).await;
@@ -45,7 +48,11 @@ async fn a_slow_and_a_failing_group_delay_no_other() {
     slow_one.0.has(200).await;
     history.assert_in_order_and_alone(50, 4);
     slow_one.0.assert_in_order_and_alone(50, 4);
-    let failed = consumer.stats().into_iter().find(|stats| stats.group == "failing").unwrap();
+    let failed = consumer
+        .stats()
+        .into_iter()
+        .find(|stats| stats.group == "failing")
+        .unwrap();
     assert_eq!(failed.handled, 0);
     assert!(failed.failed >= 50, "{failed:?}");
 }
@@ -78,8 +85,12 @@ async fn weighed(Json(grams): Json<u64>, State(tally): State<Tally>) {
 fn parcel_messages() -> Vec<Outgoing> {
     vec![
         Outgoing::from(&Parcel::Sent { parcel: "a".into() }),
-        Outgoing::json("parcels", &250).message_type("parcel.weighed").key("a"),
-        Outgoing::json("parcels", &()).message_type("parcel.eaten").key("a"),
+        Outgoing::json("parcels", &250)
+            .message_type("parcel.weighed")
+            .key("a"),
+        Outgoing::json("parcels", &())
+            .message_type("parcel.eaten")
+            .key("a"),
         Outgoing::from(&Parcel::Lost { parcel: "a".into() }),
     ]
 }
@@ -88,7 +99,12 @@ fn parcel_messages() -> Vec<Outgoing> {
 async fn the_type_chooses_the_handler_and_an_unknown_type_is_settled_and_counted() {
     let bench = bench().await;
     let tally = Tally::default();
-    let consumer = bench.consumer(handlers![parcels, weighed]).state(tally.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![parcels, weighed])
+        .state(tally.clone())
+        .start()
+        .await
+        .unwrap();
     bench.publish(parcel_messages()).await;
     settled(bench.db.pool(), "parcels").await;
     let counts = [&tally.0, &tally.1, &tally.2].map(|count| count.load(Ordering::SeqCst));
@@ -101,13 +117,19 @@ async fn the_type_chooses_the_handler_and_an_unknown_type_is_settled_and_counted
 async fn an_unknown_type_holds_its_key_if_it_is_to_fail() {
     let bench = bench().await;
     let tally = Tally::default();
-    let consumer =
-        bench.consumer(handlers![parcels, weighed]).state(tally.clone()).unknown_types(UnknownType::Fail);
+    let consumer = bench
+        .consumer(handlers![parcels, weighed])
+        .state(tally.clone())
+        .unknown_types(UnknownType::Fail);
     let consumer = consumer.start().await.unwrap();
     bench.publish(parcel_messages()).await;
     eventually(PATIENCE, || async {
         let stats = &consumer.stats()[0];
-        if stats.failed > 0 { Ok(()) } else { Err(format!("{stats:?}")) }
+        if stats.failed > 0 {
+            Ok(())
+        } else {
+            Err(format!("{stats:?}"))
+        }
     })
     .await;
     assert_eq!(tally.1.load(Ordering::SeqCst), 0, "the successor waits");
@@ -126,7 +148,12 @@ struct Seen(Arc<std::sync::Mutex<Vec<(Raw, Delivery)>>>);
 async fn a_delivery_has_everything_that_was_published() {
     let bench = bench().await;
     let seen = Seen::default();
-    let _consumer = bench.consumer(handlers![raw]).state(seen.clone()).start().await.unwrap();
+    let _consumer = bench
+        .consumer(handlers![raw])
+        .state(seen.clone())
+        .start()
+        .await
+        .unwrap();
     let message = Outgoing::bytes("blobs", "application/x-protobuf", vec![0, 159, 146, 150])
         .message_type("blob")
         .key("k/ä")
@@ -134,32 +161,61 @@ async fn a_delivery_has_everything_that_was_published() {
         .header("trace", "00-1");
     let id = message.id();
     bench.publish([message]).await;
-    bench.sql("INSERT INTO postbox.outbox (topic, headers, payload) VALUES ('blobs', '{\"n\": 7}', '{}')").await;
-    eventually(PATIENCE, || async { if seen.0.lock().unwrap().len() == 2 { Ok(()) } else { Err("waiting") } }).await;
+    bench
+        .sql("INSERT INTO postbox.outbox (topic, headers, payload) VALUES ('blobs', '{\"n\": 7}', '{}')")
+        .await;
+    eventually(PATIENCE, || async {
+        if seen.0.lock().unwrap().len() == 2 {
+            Ok(())
+        } else {
+            Err("waiting")
+        }
+    })
+    .await;
     let seen = seen.0.lock().unwrap();
     let (raw, delivery) = &seen[0];
-    assert_eq!((raw.payload.as_slice(), raw.content_type.as_str()), ([0, 159, 146, 150].as_slice(), "application/x-protobuf"));
+    assert_eq!(
+        (raw.payload.as_slice(), raw.content_type.as_str()),
+        ([0, 159, 146, 150].as_slice(), "application/x-protobuf")
+    );
     assert_eq!((delivery.id, delivery.offset.get(), delivery.attempt), (id, 0, 1));
     assert_eq!(delivery.message_type.as_deref(), Some("blob"));
     assert_eq!(delivery.key.as_deref(), Some("k/ä"));
-    assert_eq!((delivery.headers.get("tenant"), delivery.headers.get("trace")), (Some("acme"), Some("00-1")));
-    assert_eq!((delivery.topic.as_ref(), delivery.group.as_ref()), ("blobs", "raw"));
+    assert_eq!(
+        (delivery.headers.get("tenant"), delivery.headers.get("trace")),
+        (Some("acme"), Some("00-1"))
+    );
+    assert_eq!(
+        (delivery.topic.as_ref(), delivery.group.as_ref()),
+        ("blobs", "raw")
+    );
     let (raw, delivery) = &seen[1];
-    assert_eq!((raw.content_type.as_str(), delivery.message_type.as_deref(), delivery.key.as_deref()), ("application/json", None, None));
+    assert_eq!(
+        (
+            raw.content_type.as_str(),
+            delivery.message_type.as_deref(),
+            delivery.key.as_deref()
+        ),
+        ("application/json", None, None)
+    );
     assert_eq!(delivery.headers.get("n"), Some("7"));
 }
 
 /// A handler of the topic `steps` that notes what it gets, with a group and a start of the test's choice.
 fn noting(group: &str, start: Start, history: &History) -> HandlerDefinition {
     let history = history.clone();
-    HandlerDefinition::new("noting").group(group).start(start).argument::<Step>().call(move |mut invocation| {
-        let history = history.clone();
-        Box::pin(async move {
-            let step = <Step as Extract>::extract(&mut invocation).await?;
-            history.note(&step, Instant::now());
-            Ok(())
+    HandlerDefinition::new("noting")
+        .group(group)
+        .start(start)
+        .argument::<Step>()
+        .call(move |mut invocation| {
+            let history = history.clone();
+            Box::pin(async move {
+                let step = <Step as Extract>::extract(&mut invocation).await?;
+                history.note(&step, Instant::now());
+                Ok(())
+            })
         })
-    })
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -171,8 +227,10 @@ async fn a_new_group_begins_where_it_says() {
         if head == 2 { Ok(()) } else { Err(head) }
     })
     .await;
-    let between: chrono::DateTime<chrono::Utc> =
-        sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(bench.db.pool()).await.unwrap();
+    let between: chrono::DateTime<chrono::Utc> = sqlx::query_scalar("SELECT clock_timestamp()")
+        .fetch_one(bench.db.pool())
+        .await
+        .unwrap();
     publish_steps(bench.db.pool(), &[step("k", 2), step("k", 3)]).await;
     eventually(PATIENCE, || async {
         let head = bench.number("SELECT postbox.next_offset('steps')").await;
@@ -188,7 +246,10 @@ async fn a_new_group_begins_where_it_says() {
         ("ago", Start::Ago(Duration::from_secs(3600)), vec![0, 1, 2, 3, 4]),
     ];
     let histories: Vec<History> = starts.iter().map(|_| History::default()).collect();
-    let handlers = starts.iter().zip(&histories).map(|((group, start, _), history)| noting(group, *start, history));
+    let handlers = starts
+        .iter()
+        .zip(&histories)
+        .map(|((group, start, _), history)| noting(group, *start, history));
     let _consumer = bench.start(handlers.collect()).await;
     publish_steps(bench.db.pool(), &[step("k", 4)]).await;
     for ((group, _, expected), history) in starts.iter().zip(&histories) {
@@ -206,16 +267,20 @@ async fn a_graceful_stop_repeats_nothing_and_loses_nothing() {
     publish_steps(bench.db.pool(), &all[..600]).await;
     let slow = |history: &History| {
         let history = history.clone();
-        HandlerDefinition::new("slow").group("stopped").concurrency(8).argument::<Step>().call(move |mut invocation| {
-            let history = history.clone();
-            Box::pin(async move {
-                let step = <Step as Extract>::extract(&mut invocation).await?;
-                let began = Instant::now();
-                tokio::time::sleep(Duration::from_millis(2)).await;
-                history.note(&step, began);
-                Ok(())
+        HandlerDefinition::new("slow")
+            .group("stopped")
+            .concurrency(8)
+            .argument::<Step>()
+            .call(move |mut invocation| {
+                let history = history.clone();
+                Box::pin(async move {
+                    let step = <Step as Extract>::extract(&mut invocation).await?;
+                    let began = Instant::now();
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                    history.note(&step, began);
+                    Ok(())
+                })
             })
-        })
     };
     let first = bench.start(vec![slow(&history)]).await;
     history.has(100).await;
@@ -223,7 +288,9 @@ async fn a_graceful_stop_repeats_nothing_and_loses_nothing() {
     let after_stop = history.len();
     assert!(after_stop < 1200);
     publish_steps(bench.db.pool(), &all[600..]).await;
-    let owned = bench.number("SELECT count(*) FROM postbox.lane WHERE consumer_id IS NOT NULL").await;
+    let owned = bench
+        .number("SELECT count(*) FROM postbox.lane WHERE consumer_id IS NOT NULL")
+        .await;
     assert_eq!(owned, 0, "a stopped instance owns nothing");
     assert_eq!(history.len(), after_stop, "a stopped instance runs nothing");
     let _second = bench.start(vec![slow(&history)]).await;
@@ -254,7 +321,10 @@ async fn hangs(delivery: Delivery, _step: Step) {
 async fn a_panic_and_a_timeout_are_failures_and_are_retried_in_order() {
     let bench = bench().await;
     let (history, attempts) = (History::default(), Attempts::default());
-    let consumer = bench.consumer(handlers![panics, hangs]).state(history.clone()).state(attempts.clone());
+    let consumer = bench
+        .consumer(handlers![panics, hangs])
+        .state(history.clone())
+        .state(attempts.clone());
     let consumer = consumer.start().await.unwrap();
     publish_steps(bench.db.pool(), &[step("k", 0), step("k", 1), step("k", 2)]).await;
     history.has(3).await;
@@ -262,10 +332,13 @@ async fn a_panic_and_a_timeout_are_failures_and_are_retried_in_order() {
     settled(bench.db.pool(), "panics").await;
     settled(bench.db.pool(), "hangs").await;
     let stats = consumer.stats();
-    assert_eq!(stats.iter().map(|stats| (stats.group.as_str(), stats.handled, stats.failed)).collect::<Vec<_>>(), [
-        ("panics", 3, 2),
-        ("hangs", 3, 6)
-    ]);
+    assert_eq!(
+        stats
+            .iter()
+            .map(|stats| (stats.group.as_str(), stats.handled, stats.failed))
+            .collect::<Vec<_>>(),
+        [("panics", 3, 2), ("hangs", 3, 6)]
+    );
 }
 
 #[handler(group = "choosy")]
@@ -317,15 +390,28 @@ async fn what_is_wrong_with_the_handlers_is_said_at_start() {
         (vec![HandlerDefinition::new("bare").topic("t")], "no group"),
     ];
     for (handlers, says) in cases {
-        let error = bench.consumer(handlers).start().await.expect_err(says).to_string();
+        let error = bench
+            .consumer(handlers)
+            .start()
+            .await
+            .expect_err(says)
+            .to_string();
         assert!(error.contains(says), "{error:?} says {says:?}");
     }
     let first = bench.start(handlers![in_topic_order]).await;
     first.shutdown().await.unwrap();
-    let error = bench.consumer(handlers![in_no_order]).start().await.expect_err("the order is fixed");
+    let error = bench
+        .consumer(handlers![in_no_order])
+        .start()
+        .await
+        .expect_err("the order is fixed");
     assert!(matches!(error, Error::OrderChanged { .. }), "{error}");
     let bare = postbox_testkit::TestDatabase::empty().await.unwrap();
-    let error = Consumer::new(bare.pool().clone()).handlers(handlers![takes_all]).start().await.expect_err("no schema");
+    let error = Consumer::new(bare.pool().clone())
+        .handlers(handlers![takes_all])
+        .start()
+        .await
+        .expect_err("no schema");
     assert!(error.to_string().contains("postbox migrate"), "{error}");
 }
 
@@ -333,18 +419,28 @@ async fn what_is_wrong_with_the_handlers_is_said_at_start() {
 async fn thirty_groups_read_once_and_need_three_connections_in_all() {
     let bench = bench().await;
     let histories: Vec<History> = (0..30).map(|_| History::default()).collect();
-    let handlers =
-        histories.iter().enumerate().map(|(n, history)| noting(&format!("group-{n}"), Start::Earliest, history));
+    let handlers = histories
+        .iter()
+        .enumerate()
+        .map(|(n, history)| noting(&format!("group-{n}"), Start::Earliest, history));
     let options: sqlx::postgres::PgConnectOptions = bench.db.url().parse().unwrap();
-    let pool = sqlx::postgres::PgPoolOptions::new().max_connections(1).connect_lazy_with(options.application_name("thirty"));
-    let consumer = Consumer::new(pool.clone()).handlers(handlers).start().await.unwrap();
+    let pool = sqlx::postgres::PgPoolOptions::new()
+        .max_connections(1)
+        .connect_lazy_with(options.application_name("thirty"));
+    let consumer = Consumer::new(pool.clone())
+        .handlers(handlers)
+        .start()
+        .await
+        .unwrap();
     pool.close().await;
     publish_steps(bench.db.pool(), &steps(20, 20)).await;
     for history in &histories {
         history.has(400).await;
         history.assert_in_order_and_alone(20, 20);
     }
-    let connections = bench.number("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'thirty'").await;
+    let connections = bench
+        .number("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'thirty'")
+        .await;
     assert!(connections <= 3, "{connections} connections");
     consumer.shutdown().await.unwrap();
 }

@@ -28,7 +28,12 @@ async fn by_key(step: Step, State(history): State<History>) {
 async fn messages_of_a_key_run_one_after_another_and_keys_beside_each_other() {
     let bench = bench().await;
     let history = History::default();
-    let _consumer = bench.consumer(handlers![by_key]).state(history.clone()).start().await.unwrap();
+    let _consumer = bench
+        .consumer(handlers![by_key])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     publish_steps(bench.db.pool(), &steps(20, 60)).await;
     history.has(1200).await;
     history.assert_in_order_and_alone(20, 60);
@@ -41,14 +46,25 @@ async fn by_topic(delivery: Delivery, step: Step, State(history): State<History>
     if step.n % 5 == 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    history.note(&Step { key: "topic".into(), n: delivery.offset.get() }, began);
+    history.note(
+        &Step {
+            key: "topic".into(),
+            n: delivery.offset.get(),
+        },
+        began,
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_topic_order_every_message_waits_for_the_one_before() {
     let bench = bench().await;
     let history = History::default();
-    let _consumer = bench.consumer(handlers![by_topic]).state(history.clone()).start().await.unwrap();
+    let _consumer = bench
+        .consumer(handlers![by_topic])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     publish_steps(bench.db.pool(), &steps(10, 50)).await;
     history.has(500).await;
     history.assert_in_order_and_alone(1, 500);
@@ -65,7 +81,12 @@ async fn unordered(step: Step, State(history): State<History>) {
 async fn without_order_messages_of_a_key_run_beside_each_other() {
     let bench = bench().await;
     let history = History::default();
-    let _consumer = bench.consumer(handlers![unordered]).state(history.clone()).start().await.unwrap();
+    let _consumer = bench
+        .consumer(handlers![unordered])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     publish_steps(bench.db.pool(), &steps(1, 40)).await;
     history.has(40).await;
     let most = history.most_at_once();
@@ -83,7 +104,12 @@ async fn keyless(delivery: Delivery, State(history): State<History>) {
 async fn messages_without_a_key_run_beside_each_other_up_to_the_concurrency() {
     let bench = bench().await;
     let history = History::default();
-    let _consumer = bench.consumer(handlers![keyless]).state(history.clone()).start().await.unwrap();
+    let _consumer = bench
+        .consumer(handlers![keyless])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     bench.publish((0..40).map(|n| Outgoing::json("loose", &n))).await;
     history.has(40).await;
     let most = history.most_at_once();
@@ -94,7 +120,11 @@ async fn messages_without_a_key_run_beside_each_other_up_to_the_concurrency() {
 struct Gate(Arc<AtomicBool>, Arc<AtomicUsize>);
 
 #[handler(group = "blocked", retry(backoff = "fixed(50ms)"))]
-async fn blocked(step: Step, State(history): State<History>, State(gate): State<Gate>) -> Result<(), HandlerError> {
+async fn blocked(
+    step: Step,
+    State(history): State<History>,
+    State(gate): State<Gate>,
+) -> Result<(), HandlerError> {
     if step.key == "0" && step.n == 2 && !gate.0.load(Ordering::SeqCst) {
         gate.1.fetch_add(1, Ordering::SeqCst);
         return Err(HandlerError::retry("the gate is shut"));
@@ -107,13 +137,22 @@ async fn blocked(step: Step, State(history): State<History>, State(gate): State<
 async fn a_failing_message_holds_its_key_and_no_other() {
     let bench = bench().await;
     let (history, gate) = (History::default(), Gate::default());
-    let consumer =
-        bench.consumer(handlers![blocked]).state(history.clone()).state(gate.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![blocked])
+        .state(history.clone())
+        .state(gate.clone())
+        .start()
+        .await
+        .unwrap();
     publish_steps(bench.db.pool(), &steps(10, 30)).await;
     history.has(9 * 30 + 2).await;
     // Not before it was tried again: nothing passed it meanwhile.
     postbox_testkit::eventually(support::PATIENCE, || async {
-        if gate.1.load(Ordering::SeqCst) >= 3 { Ok(()) } else { Err("no third attempt") }
+        if gate.1.load(Ordering::SeqCst) >= 3 {
+            Ok(())
+        } else {
+            Err("no third attempt")
+        }
     })
     .await;
     assert_eq!(history.of("0"), [0, 1]);
@@ -137,7 +176,12 @@ async fn hot(step: Step, State(history): State<History>) {
 async fn a_hot_key_takes_one_place_and_leaves_the_others_to_the_rest() {
     let bench = bench().await;
     let history = History::default();
-    let _consumer = bench.consumer(handlers![hot]).state(history.clone()).start().await.unwrap();
+    let _consumer = bench
+        .consumer(handlers![hot])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     let mut all: Vec<Step> = (0..40).map(|n| step("hot", n)).collect();
     all.extend((0..200).map(|n| step(format!("cold-{n}"), 0)));
     publish_steps(bench.db.pool(), &all).await;

@@ -42,7 +42,10 @@ async fn runs(step: Step, State(instance): State<Instance>) -> Result<(), Handle
         .fetch_one(&instance.pool)
         .await?;
     tokio::time::sleep(Duration::from_millis(3)).await;
-    sqlx::query("UPDATE run SET ended = clock_timestamp() WHERE id = $1").bind(id).execute(&instance.pool).await?;
+    sqlx::query("UPDATE run SET ended = clock_timestamp() WHERE id = $1")
+        .bind(id)
+        .execute(&instance.pool)
+        .await?;
     Ok(())
 }
 
@@ -61,10 +64,22 @@ async fn effects(step: Step, mut tx: Tx, State(instance): State<Instance>) -> Re
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "run by the other tests as a process of its own"]
 async fn instance() {
-    let (Ok(url), Ok(name)) = (std::env::var("TAKEOVER_URL"), std::env::var("TAKEOVER_NAME")) else { return };
-    tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).with_writer(std::io::stderr).init();
-    let pool = PgPoolOptions::new().max_connections(6).connect(&url).await.unwrap();
-    let instance = Instance { name: name.clone(), pool: pool.clone() };
+    let (Ok(url), Ok(name)) = (std::env::var("TAKEOVER_URL"), std::env::var("TAKEOVER_NAME")) else {
+        return;
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    let pool = PgPoolOptions::new()
+        .max_connections(6)
+        .connect(&url)
+        .await
+        .unwrap();
+    let instance = Instance {
+        name: name.clone(),
+        pool: pool.clone(),
+    };
     let mut stop = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).unwrap();
     Consumer::new(pool)
         .name(name)
@@ -89,14 +104,24 @@ impl Process {
             .env("TAKEOVER_URL", bench.db.url())
             .env("TAKEOVER_NAME", name)
             .stdout(Stdio::null())
-            .stderr(if std::env::var_os("RUST_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
+            .stderr(if std::env::var_os("RUST_LOG").is_some() {
+                Stdio::inherit()
+            } else {
+                Stdio::null()
+            })
             .spawn()
             .unwrap();
-        Self { child, name: name.to_owned() }
+        Self {
+            child,
+            name: name.to_owned(),
+        }
     }
 
     fn signal(&self, signal: &str) {
-        let status = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
+        let status = Command::new("kill")
+            .args([signal, &self.child.id().to_string()])
+            .status()
+            .unwrap();
         assert!(status.success());
     }
 
@@ -116,7 +141,11 @@ impl Process {
     async fn owns(&self, pool: &PgPool, range: std::ops::RangeInclusive<i64>) {
         eventually(PATIENCE, || async {
             let lanes = self.lanes(pool, *range.start() > 0).await;
-            if range.contains(&lanes) { Ok(()) } else { Err(format!("{} owns {lanes} lanes, not {range:?}", self.name)) }
+            if range.contains(&lanes) {
+                Ok(())
+            } else {
+                Err(format!("{} owns {lanes} lanes, not {range:?}", self.name))
+            }
         })
         .await;
     }
@@ -150,11 +179,25 @@ async fn load(pool: &PgPool, done: impl Future<Output = ()>) -> i64 {
 async fn verify(bench: &Bench, each: i64) {
     settled(bench.db.pool(), "runs").await;
     settled(bench.db.pool(), "effects").await;
-    assert_eq!(bench.number("SELECT count(DISTINCT (key, n)) FROM run WHERE ended IS NOT NULL").await, KEYS * each, "lost");
+    assert_eq!(
+        bench
+            .number("SELECT count(DISTINCT (key, n)) FROM run WHERE ended IS NOT NULL")
+            .await,
+        KEYS * each,
+        "lost"
+    );
     assert_eq!(bench.number(OVERLAPS).await, 0, "overlapping runs of a key");
     assert_eq!(bench.number(REORDERED).await, 0, "runs out of order");
-    assert_eq!(bench.number("SELECT count(*) FROM effect").await, KEYS * each, "effects");
-    assert_eq!(bench.number(WRONG_EFFECTS).await, 0, "effects doubled or out of order");
+    assert_eq!(
+        bench.number("SELECT count(*) FROM effect").await,
+        KEYS * each,
+        "effects"
+    );
+    assert_eq!(
+        bench.number(WRONG_EFFECTS).await,
+        0,
+        "effects doubled or out of order"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -233,7 +276,13 @@ async fn instances_that_join_and_leave_under_load_keep_every_key_in_order_and_al
         second.owns(&pool, 32..=32).await;
         eventually(PATIENCE, || {
             let status = third.child.try_wait().unwrap();
-            async move { if status.is_some_and(|status| status.success()) { Ok(()) } else { Err(format!("{status:?}")) } }
+            async move {
+                if status.is_some_and(|status| status.success()) {
+                    Ok(())
+                } else {
+                    Err(format!("{status:?}"))
+                }
+            }
         })
         .await;
         second.signal("-TERM");

@@ -21,14 +21,19 @@ const WRONG: &str = "SELECT count(*) FROM (SELECT key, n, count(*) OVER (PARTITI
     row_number() OVER (PARTITION BY key ORDER BY id) - 1 AS place FROM effect) e WHERE times <> 1 OR place <> n";
 
 async fn write(tx: &mut Tx, step: &Step) -> Result<(), sqlx::Error> {
-    sqlx::query("INSERT INTO effect (key, n) VALUES ($1, $2)").bind(&step.key).bind(step.n).execute(&mut **tx).await?;
+    sqlx::query("INSERT INTO effect (key, n) VALUES ($1, $2)")
+        .bind(&step.key)
+        .bind(step.n)
+        .execute(&mut **tx)
+        .await?;
     Ok(())
 }
 
 #[handler(group = "echo", retry(backoff = "fixed(10ms)"))]
 async fn echo(step: Step, delivery: Delivery, mut tx: Tx) -> Result<(), HandlerError> {
     write(&mut tx, &step).await?;
-    tx.publish(Outgoing::json("echoes", &step.n).key(&step.key)).await?;
+    tx.publish(Outgoing::json("echoes", &step.n).key(&step.key))
+        .await?;
     match (step.n % 4, delivery.attempt) {
         (1, 1) => Err(HandlerError::retry("after the write")),
         (2, 1) => panic!("after the write"),
@@ -50,7 +55,12 @@ async fn writes_messages_and_settlement_commit_together_or_not_at_all() {
     settled(bench.db.pool(), "echo").await;
     assert_eq!(bench.number("SELECT count(*) FROM effect").await, 200);
     assert_eq!(bench.number(WRONG).await, 0);
-    assert_eq!(bench.number("SELECT count(*) FROM postbox.outbox WHERE topic = 'echoes'").await, 200);
+    assert_eq!(
+        bench
+            .number("SELECT count(*) FROM postbox.outbox WHERE topic = 'echoes'")
+            .await,
+        200
+    );
     assert_eq!(consumer.stats()[0].failed, 150);
 }
 
@@ -86,30 +96,40 @@ async fn a_stale_owner_cannot_commit_and_cannot_move_a_cursor() {
     let bench = bench().await;
     bench.sql(TABLES).await;
     let meeting = Meeting::default();
-    let _consumer = bench.consumer(handlers![fenced]).state(meeting.clone()).start().await.unwrap();
+    let _consumer = bench
+        .consumer(handlers![fenced])
+        .state(meeting.clone())
+        .start()
+        .await
+        .unwrap();
     publish_steps(bench.db.pool(), &[step("k", 0), step("k", 1)]).await;
     meeting.arrived.notified().await;
     let consumer_id = bench.number("SELECT max(id)::bigint FROM postbox.consumer").await as i32;
-    let (lane, epoch): (i16, i32) =
-        sqlx::query_as("SELECT lane, epoch FROM postbox.lane WHERE consumer_id IS NOT NULL ORDER BY lane LIMIT 1")
-            .fetch_one(bench.db.pool())
-            .await
-            .unwrap();
+    let (lane, epoch): (i16, i32) = sqlx::query_as(
+        "SELECT lane, epoch FROM postbox.lane WHERE consumer_id IS NOT NULL ORDER BY lane LIMIT 1",
+    )
+    .fetch_one(bench.db.pool())
+    .await
+    .unwrap();
     take_over(bench.db.pool()).await;
-    let accepted: i64 = sqlx::query_scalar("SELECT postbox.checkpoint($1, ARRAY[1], ARRAY[$2], ARRAY[$3], ARRAY[99::bigint], '{}', '{}')")
-        .bind(consumer_id)
-        .bind(lane)
-        .bind(epoch)
-        .fetch_one(bench.db.pool())
-        .await
-        .unwrap();
+    let accepted: i64 = sqlx::query_scalar(
+        "SELECT postbox.checkpoint($1, ARRAY[1], ARRAY[$2], ARRAY[$3], ARRAY[99::bigint], '{}', '{}')",
+    )
+    .bind(consumer_id)
+    .bind(lane)
+    .bind(epoch)
+    .fetch_one(bench.db.pool())
+    .await
+    .unwrap();
     assert_eq!(accepted, 0, "a stale checkpoint is refused");
     meeting.go_on.notify_one();
     // The other owner is nobody, so the consumer claims its lanes again and runs the message anew.
     settled(bench.db.pool(), "fenced").await;
     assert_eq!(bench.number("SELECT count(*) FROM effect").await, 2);
     assert_eq!(bench.number(WRONG).await, 0);
-    let at_99 = bench.number("SELECT count(*) FROM postbox.lane_state(1, 0::smallint) WHERE position = 99").await;
+    let at_99 = bench
+        .number("SELECT count(*) FROM postbox.lane_state(1, 0::smallint) WHERE position = 99")
+        .await;
     assert_eq!(at_99, 0);
 }
 
@@ -118,7 +138,12 @@ async fn a_settlement_without_its_session_is_refused() {
     let bench = bench().await;
     bench.sql(TABLES).await;
     let meeting = Meeting::default();
-    let _consumer = bench.consumer(handlers![fenced]).state(meeting.clone()).start().await.unwrap();
+    let _consumer = bench
+        .consumer(handlers![fenced])
+        .state(meeting.clone())
+        .start()
+        .await
+        .unwrap();
     publish_steps(bench.db.pool(), &[step("k", 0)]).await;
     meeting.arrived.notified().await;
     let (consumer, subscription, lane, epoch): (i32, i32, i16, i32) = sqlx::query_as(
@@ -167,7 +192,9 @@ async fn connections_that_are_cut_at_any_moment_lose_and_double_no_effect() {
     let bench = bench().await;
     bench.sql(TABLES).await;
     let runs = Arc::new(AtomicU64::new(0));
-    let consumer = Consumer::new(bench.db.connect_pool(8)).handlers(handlers![effects]).state(runs.clone());
+    let consumer = Consumer::new(bench.db.connect_pool(8))
+        .handlers(handlers![effects])
+        .state(runs.clone());
     let _consumer = consumer.start().await.unwrap();
     let all = steps(40, 50);
     let cutter = bench.db.connect_pool(1);
@@ -193,7 +220,9 @@ async fn connections_that_are_cut_at_any_moment_lose_and_double_no_effect() {
         () = publishing => {}
     }
     settled(bench.db.pool(), "effects").await;
-    let published = bench.number("SELECT count(DISTINCT payload) FROM postbox.outbox").await;
+    let published = bench
+        .number("SELECT count(DISTINCT payload) FROM postbox.outbox")
+        .await;
     assert_eq!(published, 2000);
     let doubled = bench.number("SELECT count(*) - 2000 FROM postbox.outbox").await;
     let effects = bench.number("SELECT count(*) FROM effect").await;
@@ -219,13 +248,19 @@ async fn a_server_that_is_killed_and_restarted_under_load_loses_and_doubles_no_e
     let bench = Bench { db, dispatcher };
     bench.sql(TABLES).await;
     let runs = Arc::new(AtomicU64::new(0));
-    let consumer = Consumer::new(bench.db.connect_pool(8)).handlers(handlers![effects]).state(runs.clone());
+    let consumer = Consumer::new(bench.db.connect_pool(8))
+        .handlers(handlers![effects])
+        .state(runs.clone());
     let _consumer = consumer.start().await.unwrap();
     publish_steps(bench.db.pool(), &steps(50, 100)).await;
     for round in 1..=2 {
         eventually(PATIENCE, || async {
             let runs = runs.load(Ordering::SeqCst);
-            if runs > round * 700 { Ok(()) } else { Err(format!("{runs} runs")) }
+            if runs > round * 700 {
+                Ok(())
+            } else {
+                Err(format!("{runs} runs"))
+            }
         })
         .await;
         server.kill().await.unwrap();

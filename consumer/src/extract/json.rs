@@ -11,6 +11,8 @@ pub struct Json<T>(pub T);
 
 impl<T: DeserializeOwned + Send> Extract for Json<T> {
     async fn extract(invocation: &mut Invocation) -> Result<Self, HandlerError> {
-        Ok(Self(serde_json::from_slice(&invocation.record.message().payload)?))
+        Ok(Self(serde_json::from_slice(
+            &invocation.record.message().payload,
+        )?))
     }
 }

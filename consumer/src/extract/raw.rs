@@ -17,7 +17,11 @@ impl Extract for Raw {
         let message = invocation.record.message();
         Ok(Self {
             payload: message.payload.to_vec(),
-            content_type: message.content_type.as_deref().unwrap_or(postbox::JSON).to_owned(),
+            content_type: message
+                .content_type
+                .as_deref()
+                .unwrap_or(postbox::JSON)
+                .to_owned(),
         })
     }
 }

@@ -49,7 +49,9 @@ pub(crate) struct TxConnection {
 
 impl TxConnection {
     pub(crate) fn new(connection: PoolConnection<Postgres>) -> Self {
-        Self { connection: Some(connection) }
+        Self {
+            connection: Some(connection),
+        }
     }
 
     /// The transaction has ended: back to the pool.
@@ -122,12 +124,18 @@ impl Extract for Tx {
     }
 
     async fn extract(invocation: &mut Invocation) -> Result<Self, HandlerError> {
-        let slot = invocation.tx.clone().ok_or_else(|| HandlerError::retry("this handler has no transaction"))?;
+        let slot = invocation
+            .tx
+            .clone()
+            .ok_or_else(|| HandlerError::retry("this handler has no transaction"))?;
         let connection = slot
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()
             .ok_or_else(|| HandlerError::retry("a handler can take one Tx only"))?;
-        Ok(Self { connection: Some(connection), slot })
+        Ok(Self {
+            connection: Some(connection),
+            slot,
+        })
     }
 }

@@ -24,7 +24,10 @@ pub struct Step {
 }
 
 pub fn step(key: impl ToString, n: i64) -> Step {
-    Step { key: key.to_string(), n }
+    Step {
+        key: key.to_string(),
+        n,
+    }
 }
 
 /// A database with a dispatcher.
@@ -35,7 +38,10 @@ pub struct Bench {
 
 pub async fn bench() -> Bench {
     let db = TestDatabase::new().await.expect("a database");
-    let dispatcher = Dispatcher::new(db.pool().clone()).start().await.expect("a dispatcher");
+    let dispatcher = Dispatcher::new(db.pool().clone())
+        .start()
+        .await
+        .expect("a dispatcher");
     Bench { db, dispatcher }
 }
 
@@ -45,11 +51,16 @@ impl Bench {
     }
 
     pub fn consumer(&self, handlers: Vec<HandlerDefinition>) -> Consumer {
-        Consumer::new(self.pool()).handlers(handlers).shutdown_grace(Duration::from_secs(5))
+        Consumer::new(self.pool())
+            .handlers(handlers)
+            .shutdown_grace(Duration::from_secs(5))
     }
 
     pub async fn start(&self, handlers: Vec<HandlerDefinition>) -> ConsumerHandle {
-        self.consumer(handlers).start().await.expect("the consumer starts")
+        self.consumer(handlers)
+            .start()
+            .await
+            .expect("the consumer starts")
     }
 
     pub async fn publish<M: Into<Outgoing>>(&self, messages: impl IntoIterator<Item = M>) {
@@ -57,11 +68,17 @@ impl Bench {
     }
 
     pub async fn sql(&self, sql: &'static str) {
-        sqlx::raw_sql(sql).execute(self.db.pool()).await.expect("the statement runs");
+        sqlx::raw_sql(sql)
+            .execute(self.db.pool())
+            .await
+            .expect("the statement runs");
     }
 
     pub async fn number(&self, sql: &'static str) -> i64 {
-        sqlx::query_scalar(sql).fetch_one(self.db.pool()).await.expect("the query runs")
+        sqlx::query_scalar(sql)
+            .fetch_one(self.db.pool())
+            .await
+            .expect("the query runs")
     }
 }
 
@@ -86,7 +103,12 @@ pub struct History(Arc<Mutex<Vec<Run>>>);
 
 impl History {
     pub fn note(&self, step: &Step, began: Instant) {
-        let run = Run { key: step.key.clone(), n: step.n, began, ended: Instant::now() };
+        let run = Run {
+            key: step.key.clone(),
+            n: step.n,
+            began,
+            ended: Instant::now(),
+        };
         self.0.lock().unwrap().push(run);
     }
 
@@ -100,13 +122,23 @@ impl History {
 
     /// The numbers of a key, in the order of their runs.
     pub fn of(&self, key: &str) -> Vec<i64> {
-        self.0.lock().unwrap().iter().filter(|run| run.key == key).map(|run| run.n).collect()
+        self.0
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|run| run.key == key)
+            .map(|run| run.n)
+            .collect()
     }
 
     pub async fn has(&self, count: usize) {
         eventually(PATIENCE, || async {
             let len = self.len();
-            if len >= count { Ok(()) } else { Err(format!("{len} of {count} runs")) }
+            if len >= count {
+                Ok(())
+            } else {
+                Err(format!("{len} of {count} runs"))
+            }
         })
         .await;
     }
@@ -127,7 +159,10 @@ impl History {
             let numbers: Vec<i64> = runs.iter().map(|run| run.n).collect();
             assert_eq!(numbers, (0..each).collect::<Vec<_>>(), "order of key {key}");
             for pair in runs.windows(2) {
-                assert!(pair[0].ended <= pair[1].began, "runs of key {key} overlap: {pair:?}");
+                assert!(
+                    pair[0].ended <= pair[1].began,
+                    "runs of key {key} overlap: {pair:?}"
+                );
             }
         }
     }
@@ -135,13 +170,22 @@ impl History {
     /// The most runs that were going on at once.
     pub fn most_at_once(&self) -> usize {
         let runs = self.runs();
-        runs.iter().map(|run| runs.iter().filter(|o| o.began <= run.began && run.began < o.ended).count()).max().unwrap_or(0)
+        runs.iter()
+            .map(|run| {
+                runs.iter()
+                    .filter(|o| o.began <= run.began && run.began < o.ended)
+                    .count()
+            })
+            .max()
+            .unwrap_or(0)
     }
 }
 
 /// `keys` × `each` steps, the keys taking turns.
 pub fn steps(keys: i64, each: i64) -> Vec<Step> {
-    (0..each).flat_map(|n| (0..keys).map(move |key| step(key, n))).collect()
+    (0..each)
+        .flat_map(|n| (0..keys).map(move |key| step(key, n)))
+        .collect()
 }
 
 /// References, because that is what is published.
