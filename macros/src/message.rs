@@ -209,7 +209,7 @@ impl Body {
         let (of_impl, of_type, conditions) = generics.split_for_impl();
         let key = key.map(|arms| {
             quote! {
-                #[allow(unused_variables)]
+                #[allow(unused_variables, clippy::redundant_locals)]
                 fn key(&self) -> ::core::option::Option<::std::borrow::Cow<'_, ::core::primitive::str>> {
                     #[allow(unused_imports)]
                     use ::postbox::__private::{OptionalKey as _, RequiredKey as _};

@@ -1,4 +1,5 @@
 //! Broadcasts: every node sees every message once, in order (I10).
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! Groups, dispatch by type, start positions, shutdown, and what is refused at start.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

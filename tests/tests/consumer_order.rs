@@ -1,4 +1,5 @@
 //! Order within a key, a topic, or not at all (I4).
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! Postponing is no failure.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

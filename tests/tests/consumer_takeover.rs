@@ -1,4 +1,5 @@
 //! Instances as processes of their own: killed, frozen, joining, leaving (I4, I6).
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! Transactional handlers: the effect, the messages and the settlement commit together (I1, I6).
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

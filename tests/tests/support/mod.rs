@@ -1,5 +1,5 @@
 //! What the consumer suites share: a bench with a dispatcher, a history of runs, and publishing.
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
