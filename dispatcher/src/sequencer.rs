@@ -22,7 +22,7 @@ const LONGEST_TICK: Duration = Duration::from_millis(50);
 /// So many bells within so long: from then on polling is cheaper than being rung.
 const RUSH: (u32, Duration) = (6, Duration::from_millis(40));
 /// A statement that takes longer means that the connection is dead. A step over many millions of messages is slow.
-const STEP_TIMEOUT: Duration = Duration::from_secs(600);
+const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
