@@ -41,18 +41,16 @@ impl Headers {
         self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
-    /// From a stored JSON object; what SQL put there as another type than text is kept as its JSON text.
-    pub(crate) fn from_json(object: serde_json::Map<String, Value>) -> Self {
+    /// From stored JSON. What SQL put there as another type than text is kept as its JSON text; what is no object, as the header `headers`.
+    pub(crate) fn from_json(stored: Value) -> Self {
         let text = |value| match value {
             Value::String(text) => text,
             other => other.to_string(),
         };
-        Self(
-            object
-                .into_iter()
-                .map(|(name, value)| (name, text(value)))
-                .collect(),
-        )
+        match stored {
+            Value::Object(object) => Self(object.into_iter().map(|(name, value)| (name, text(value))).collect()),
+            other => Self(BTreeMap::from([("headers".to_owned(), text(other))])),
+        }
     }
 }
 

@@ -288,7 +288,7 @@ fn decode(
     key_hash: Option<i32>,
     types: &mut Types,
 ) -> Result<StoredMessage> {
-    let headers: Option<sqlx::types::Json<serde_json::Map<String, Value>>> = row.try_get_unchecked(4)?;
+    let headers: Option<sqlx::types::Json<Value>> = row.try_get_unchecked(4)?;
     Ok(StoredMessage {
         id: MessageId::from(row.try_get_unchecked::<Uuid, _>(1)?),
         offset,
