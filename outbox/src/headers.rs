@@ -48,7 +48,12 @@ impl Headers {
             other => other.to_string(),
         };
         match stored {
-            Value::Object(object) => Self(object.into_iter().map(|(name, value)| (name, text(value))).collect()),
+            Value::Object(object) => Self(
+                object
+                    .into_iter()
+                    .map(|(name, value)| (name, text(value)))
+                    .collect(),
+            ),
             other => Self(BTreeMap::from([("headers".to_owned(), text(other))])),
         }
     }
