@@ -124,8 +124,8 @@ impl Sequencer {
             if self.step().await? > 0 {
                 worked = Instant::now();
             }
-            // Steps are larger and cheaper a message where they are slower, and take a fifth of the time at most.
-            tokio::time::sleep(self.tick.max(begun.elapsed() * 4).min(LONGEST_TICK)).await;
+            // Steps are larger and cheaper a message where they are slower, and take a tenth of the time at most.
+            tokio::time::sleep(self.tick.max(begun.elapsed() * 9).min(LONGEST_TICK)).await;
         }
         match self.take_bell().await? {
             Bell::Mine => self.sleep().await,

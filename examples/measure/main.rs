@@ -90,14 +90,19 @@ async fn rate(pool: &PgPool, with_message: bool) -> anyhow::Result<f64> {
                 if with_message {
                     tx.publish(message(transactions)).await?;
                 } else {
-                    let id = postbox::MessageId::new().as_uuid();
-                    sqlx::query("INSERT INTO plain (id, topic, key, payload) VALUES ($1, $2, $3, $4)")
-                        .bind(id)
-                        .bind("measure")
-                        .bind((transactions % 1000).to_string())
-                        .bind(PAYLOAD)
-                        .execute(&mut *tx)
-                        .await?;
+                    // The same row, in a table without index, trigger or partitions.
+                    sqlx::query(
+                        "INSERT INTO plain (id, topic, type, key, headers, content_type, payload) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+                    )
+                    .bind(postbox::MessageId::new().as_uuid())
+                    .bind("measure")
+                    .bind(None::<&str>)
+                    .bind((transactions % 1000).to_string())
+                    .bind(None::<serde_json::Value>)
+                    .bind(None::<&str>)
+                    .bind(PAYLOAD)
+                    .execute(&mut *tx)
+                    .await?;
                 }
                 tx.commit().await?;
                 transactions += 1;
