@@ -70,10 +70,12 @@ struct Meeting {
     arrived: Arc<Notify>,
     go_on: Arc<Notify>,
     first: Arc<AtomicBool>,
+    runs: Arc<AtomicU64>,
 }
 
 #[handler(group = "fenced")]
 async fn fenced(step: Step, mut tx: Tx, State(meeting): State<Meeting>) -> Result<(), HandlerError> {
+    meeting.runs.fetch_add(1, Ordering::SeqCst);
     write(&mut tx, &step).await?;
     if !meeting.first.swap(true, Ordering::SeqCst) {
         meeting.arrived.notify_one();
@@ -126,6 +128,8 @@ async fn a_stale_owner_cannot_commit_and_cannot_move_a_cursor() {
     meeting.go_on.notify_one();
     // The other owner is nobody, so the consumer claims its lanes again and runs the message anew.
     settled(bench.db.pool(), "fenced").await;
+    let runs = meeting.runs.load(Ordering::SeqCst);
+    assert_eq!(runs, 3, "the first commit was refused");
     assert_eq!(bench.number("SELECT count(*) FROM effect").await, 2);
     assert_eq!(bench.number(WRONG).await, 0);
     let at_99 = bench
