@@ -14,6 +14,12 @@ COMMENT ON SCHEMA postbox IS
 
 ---------------------------------------------------------------------------------------------------------------- time and ids
 
+CREATE FUNCTION postbox.clock() RETURNS timestamptz
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN clock_timestamp();
+COMMENT ON FUNCTION postbox.clock IS
+    'The time by which messages are published, due, expired and retained. A function of its own so that a test can move it; it is inlined, so it costs nothing. Leases and heartbeats go by the real clock.';
+
 CREATE FUNCTION postbox.slot_of(at timestamptz) RETURNS smallint
     LANGUAGE sql STABLE PARALLEL SAFE
     RETURN ((extract(epoch FROM at)::bigint / 43200) % 8)::smallint;
@@ -23,7 +29,7 @@ COMMENT ON FUNCTION postbox.slot_of IS
 CREATE FUNCTION postbox.uuid7() RETURNS uuid
     LANGUAGE sql VOLATILE PARALLEL SAFE
     RETURN encode(set_bit(set_bit(overlay(uuid_send(gen_random_uuid())
-        PLACING substring(int8send((extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3) FROM 1 FOR 6),
+        PLACING substring(int8send((extract(epoch FROM postbox.clock()) * 1000)::bigint) FROM 3) FROM 1 FOR 6),
         52, 1), 53, 1), 'hex')::uuid;
 COMMENT ON FUNCTION postbox.uuid7 IS 'A UUID version 7 (RFC 9562): 48 bits of Unix milliseconds, then random.';
 
@@ -65,11 +71,11 @@ COMMENT ON FUNCTION postbox.check_message IS 'True if a message keeps the limits
 
 -- It has no CHECK constraints: PostgreSQL sets them up anew for every INSERT, which costs a publisher more than all else that Postbox does.
 CREATE TABLE postbox.outbox (
-    slot         smallint    NOT NULL DEFAULT postbox.slot_of(clock_timestamp()),
+    slot         smallint    NOT NULL DEFAULT postbox.slot_of(postbox.clock()),
     xid          xid8        NOT NULL DEFAULT pg_current_xact_id(),
     seq          bigint      NOT NULL DEFAULT nextval('postbox.outbox_seq'),
     id           uuid        NOT NULL DEFAULT postbox.uuid7(),
-    published_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    published_at timestamptz NOT NULL DEFAULT postbox.clock(),
     topic        text        NOT NULL,
     type         text,
     key          text,
@@ -97,7 +103,7 @@ COMMENT ON COLUMN postbox.outbox.payload IS 'The message itself.';
 CREATE TABLE postbox.topic (
     name        text PRIMARY KEY,
     next_offset bigint      NOT NULL DEFAULT 0,
-    created_at  timestamptz NOT NULL DEFAULT clock_timestamp()
+    created_at  timestamptz NOT NULL DEFAULT postbox.clock()
 );
 COMMENT ON TABLE postbox.topic IS 'One row is a topic that has had a message. Written by the sequencer, once a topic.';
 COMMENT ON COLUMN postbox.topic.name IS 'Topic.';
@@ -114,7 +120,7 @@ CREATE TABLE postbox.segment (
     xids         xid8[]      NOT NULL,
     seqs         bigint[]    NOT NULL,
     keys         integer[],
-    sequenced_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    sequenced_at timestamptz NOT NULL DEFAULT postbox.clock()
 ) PARTITION BY LIST (slot);
 COMMENT ON TABLE postbox.segment IS
     'One row is up to 1,024 consecutive offsets of a topic: where their messages are, and the hashes of their keys. Written by the sequencer, never updated; same ring as the outbox.';
@@ -129,10 +135,10 @@ COMMENT ON COLUMN postbox.segment.keys IS 'Hash of each message''s key (postbox.
 COMMENT ON COLUMN postbox.segment.sequenced_at IS 'When the sequencer appended it.';
 
 CREATE TABLE postbox.tick (
-    slot     smallint    NOT NULL DEFAULT postbox.slot_of(clock_timestamp()),
+    slot     smallint    NOT NULL DEFAULT postbox.slot_of(postbox.clock()),
     id       bigint      NOT NULL,
     snapshot pg_snapshot NOT NULL,
-    at       timestamptz NOT NULL DEFAULT clock_timestamp()
+    at       timestamptz NOT NULL DEFAULT postbox.clock()
 ) PARTITION BY LIST (slot);
 COMMENT ON TABLE postbox.tick IS
     'One row is a step of the sequencer that found messages: all that its snapshot sees is in segments. Written by the sequencer, the newest counts; same ring as the outbox.';
@@ -150,7 +156,7 @@ CREATE TABLE postbox.subscription (
     lanes      smallint    NOT NULL CHECK (lanes BETWEEN 1 AND 1024),
     order_mode text        NOT NULL CHECK (order_mode IN ('key', 'topic', 'none')),
     node       text,
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at timestamptz NOT NULL DEFAULT postbox.clock(),
     UNIQUE (group_name, topic)
 );
 COMMENT ON TABLE postbox.subscription IS 'One row is a consumer group''s subscription to a topic. Written by consumers at their first start.';
@@ -207,7 +213,7 @@ CREATE SEQUENCE postbox.checkpoint_id AS bigint CACHE 1;
 COMMENT ON SEQUENCE postbox.checkpoint_id IS 'Numbers the checkpoints; of a consumer''s checkpoints the greatest counts.';
 
 CREATE TABLE postbox.checkpoint (
-    slot            smallint    NOT NULL DEFAULT postbox.slot_of(clock_timestamp()),
+    slot            smallint    NOT NULL DEFAULT postbox.slot_of(postbox.clock()),
     id              bigint      NOT NULL DEFAULT nextval('postbox.checkpoint_id'),
     subscription_id integer     NOT NULL,
     consumer_id     integer     NOT NULL,
@@ -215,7 +221,7 @@ CREATE TABLE postbox.checkpoint (
     epochs          integer[]   NOT NULL,
     positions       bigint[]    NOT NULL,
     pending         bigint[]    NOT NULL,
-    at              timestamptz NOT NULL DEFAULT clock_timestamp()
+    at              timestamptz NOT NULL DEFAULT postbox.clock()
 ) PARTITION BY LIST (slot);
 COMMENT ON TABLE postbox.checkpoint IS
     'One row says how far a consumer has settled all the lanes that it owns of a subscription. Written by consumers, never updated, the newest counts; same ring as the outbox.';
@@ -230,7 +236,7 @@ COMMENT ON COLUMN postbox.checkpoint.pending IS 'As lane.pending, of all these l
 COMMENT ON COLUMN postbox.checkpoint.at IS 'When.';
 
 CREATE TABLE postbox.settlement (
-    slot            smallint    NOT NULL DEFAULT postbox.slot_of(clock_timestamp()),
+    slot            smallint    NOT NULL DEFAULT postbox.slot_of(postbox.clock()),
     subscription_id integer     NOT NULL,
     lane            smallint    NOT NULL,
     "offset"        bigint      NOT NULL
@@ -345,9 +351,9 @@ BEGIN
     END IF;
     IF publish_bytes.dedup_key IS NOT NULL THEN
         INSERT INTO postbox.dedup AS d (topic, dedup_key, id, expires_at)
-        VALUES (publish_bytes.topic, publish_bytes.dedup_key, message_id, clock_timestamp() + publish_bytes.dedup_window)
+        VALUES (publish_bytes.topic, publish_bytes.dedup_key, message_id, postbox.clock() + publish_bytes.dedup_window)
         ON CONFLICT ON CONSTRAINT dedup_pkey DO UPDATE SET id = excluded.id, expires_at = excluded.expires_at
-            WHERE d.expires_at <= clock_timestamp()
+            WHERE d.expires_at <= postbox.clock()
         RETURNING d.id INTO winner;
         IF winner IS NULL THEN
             -- The conflicting row was locked by the insert, so it is committed and still there.
@@ -557,7 +563,7 @@ CREATE FUNCTION postbox.start_offset(of_topic text, start text, value text) RETU
         WHEN 'latest' THEN postbox.next_offset(of_topic)
         WHEN 'offset' THEN least(greatest(value::bigint, postbox.first_offset(of_topic)), postbox.next_offset(of_topic))
         WHEN 'time' THEN postbox.offset_at(of_topic, value::timestamptz)
-        WHEN 'ago' THEN postbox.offset_at(of_topic, clock_timestamp() - value::interval)
+        WHEN 'ago' THEN postbox.offset_at(of_topic, postbox.clock() - value::interval)
     END
 $$;
 COMMENT ON FUNCTION postbox.start_offset IS

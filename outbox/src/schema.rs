@@ -19,7 +19,13 @@ macro_rules! migrations {
 }
 
 /// In the order in which they are applied. A file that was released is never edited.
-const MIGRATIONS: &[Migration] = migrations![1 "0001_main_path"];
+const MIGRATIONS: &[Migration] = migrations![
+    1 "0001_main_path",
+    2 "0002_failure",
+    3 "0003_time",
+    4 "0004_retention",
+    5 "0005_restore",
+];
 
 /// The schema version that this release needs.
 pub const SCHEMA_VERSION: i32 = MIGRATIONS[MIGRATIONS.len() - 1].version;

@@ -1,0 +1,1 @@
+-- Failure: redelivery, dead letters, the inbox.

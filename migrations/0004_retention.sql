@@ -1,0 +1,1 @@
+-- Retention, pause and limits.
