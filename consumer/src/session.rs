@@ -94,8 +94,8 @@ const LOOK: &str = "WITH locked AS MATERIALIZED (
             FROM postbox.lane l WHERE l.subscription_id = ANY ($1)),
         'heads', (SELECT coalesce(json_object_agg(t, postbox.next_offset(t)), '{}') FROM unnest($2::text[]) t))";
 
-/// Lane, epoch, position, pending and done, as `postbox.claim` returns them.
-type ClaimedRow = (i16, i32, i64, Vec<i64>, Vec<i64>);
+/// Lane, epoch, position, pending, done and crashes, as `postbox.claim` returns them.
+type ClaimedRow = (i16, i32, i64, Vec<i64>, Vec<i64>, i32);
 
 #[derive(Deserialize)]
 struct Look {
@@ -424,13 +424,21 @@ impl Session {
         }
         let lanes: Vec<i16> = plan.claim.iter().map(|row| row.lane as i16).collect();
         let epochs: Vec<i32> = plan.claim.iter().map(|row| row.epoch).collect();
-        let query =
-            sqlx::query_as("SELECT lane, epoch, position, pending, done FROM postbox.claim($1, $2, $3, $4)")
-                .bind(me)
-                .bind(service.id)
-                .bind(lanes)
-                .bind(epochs)
-                .fetch_all(&mut self.listener);
+        // This process's own earlier sessions lost their connection, not their life.
+        let died: Vec<bool> = plan
+            .claim
+            .iter()
+            .map(|row| row.owner.is_some_and(|owner| !self.former.contains(&owner)))
+            .collect();
+        let query = sqlx::query_as(
+            "SELECT lane, epoch, position, pending, done, crashes FROM postbox.claim($1, $2, $3, $4, $5)",
+        )
+        .bind(me)
+        .bind(service.id)
+        .bind(lanes)
+        .bind(epochs)
+        .bind(died)
+        .fetch_all(&mut self.listener);
         let claimed: Vec<ClaimedRow> = in_time(query).await?;
         if claimed.is_empty() {
             return Ok(());
@@ -442,7 +450,7 @@ impl Session {
             of = service.lanes,
             "claimed lanes"
         );
-        let lanes = claimed.into_iter().map(|(lane, epoch, cut, pending, done)| {
+        let lanes = claimed.into_iter().map(|(lane, epoch, cut, pending, done, _)| {
             service.owned.insert(lane as u16, epoch);
             let pending = pending.into_iter().filter(|offset| *offset < cut).collect();
             (

@@ -87,7 +87,7 @@ async fn fenced(step: Step, mut tx: Tx, State(meeting): State<Meeting>) -> Resul
 /// Takes all lanes away as another instance would.
 async fn take_over(pool: &PgPool) {
     sqlx::query(
-        "SELECT postbox.claim(2000000, l.subscription_id, ARRAY[l.lane], ARRAY[l.epoch]) FROM postbox.lane l",
+        "SELECT postbox.claim(2000000, l.subscription_id, ARRAY[l.lane], ARRAY[l.epoch], ARRAY[true]) FROM postbox.lane l",
     )
     .execute(pool)
     .await
