@@ -79,7 +79,8 @@ const CREATE: &str = "
 ";
 
 /// A duplicate that is in flight is waited for: if it commits, this one inserts nothing; if it rolls back, this one is the first.
-const NOTE: &str = "INSERT INTO postbox_inbox (group_name, message_id) VALUES ($1, $2) ON CONFLICT DO NOTHING";
+const NOTE: &str =
+    "INSERT INTO postbox_inbox (group_name, message_id) VALUES ($1, $2) ON CONFLICT DO NOTHING";
 
 const FORGET: &str = "DELETE FROM postbox_inbox WHERE group_name = $1 AND message_id = ANY ($2)";
 

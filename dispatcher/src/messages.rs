@@ -134,7 +134,11 @@ pub async fn show(pool: &PgPool, id: Uuid) -> Result<Option<Whereabouts>, postbo
     let found_in_log = in_log.is_some();
     let found = match in_log {
         Some(found) => found,
-        None => match sqlx::query_as(IN_EXCEPTIONS).bind(id).fetch_optional(pool).await? {
+        None => match sqlx::query_as(IN_EXCEPTIONS)
+            .bind(id)
+            .fetch_optional(pool)
+            .await?
+        {
             Some(found) => found,
             None => return Ok(None),
         },
@@ -167,7 +171,13 @@ async fn find_in_log(pool: &PgPool, id: Uuid) -> Result<Option<Found>, postbox::
     let span = made_at.map(|at| (at - CLOCKS_APART, at + CLOCKS_APART));
     let slots: Option<Vec<i16>> = match span {
         // A slot is longer than the span, so its two ends are in all the slots there are in it.
-        Some((from, to)) => sqlx::query_scalar(SLOTS).bind(from).bind(to).fetch_one(pool).await?,
+        Some((from, to)) => {
+            sqlx::query_scalar(SLOTS)
+                .bind(from)
+                .bind(to)
+                .fetch_one(pool)
+                .await?
+        }
         None => None,
     };
     let look = async |slots: Option<Vec<i16>>, span: Option<(DateTime<Utc>, DateTime<Utc>)>| {

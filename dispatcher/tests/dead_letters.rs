@@ -3,8 +3,11 @@
 
 use std::io::Write;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use postbox_consumer::{Consumer, Delivery, Exhausted, Extract, HandlerDefinition, HandlerError, Raw, Retry};
+use postbox_dispatcher::Dispatcher;
 use postbox_dispatcher::dead_letters::{self, Filter};
 use postbox_testkit::{TestDatabase, eventually};
 use rustix::process::{Pid, Signal, kill_process};
@@ -40,15 +43,23 @@ fn succeed(output: Output) -> String {
 }
 
 fn json_lines(text: &str) -> Vec<Value> {
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 fn numbers(text: &str) -> Vec<i64> {
-    json_lines(text).iter().map(|letter| letter["id"].as_i64().unwrap()).collect()
+    json_lines(text)
+        .iter()
+        .map(|letter| letter["id"].as_i64().unwrap())
+        .collect()
 }
 
 async fn sql(db: &TestDatabase, sql: impl Into<String>) {
-    sqlx::raw_sql(AssertSqlSafe(sql.into())).execute(db.pool()).await.unwrap();
+    sqlx::raw_sql(AssertSqlSafe(sql.into()))
+        .execute(db.pool())
+        .await
+        .unwrap();
 }
 
 async fn number(db: &TestDatabase, sql: &'static str) -> i64 {
@@ -69,7 +80,9 @@ async fn database() -> TestDatabase {
     for group in ["mail", "audit"] {
         sql(
             &db,
-            format!("SELECT postbox.subscribe('{group}', 'orders', 4::smallint, 'key', NULL, 'earliest', NULL)"),
+            format!(
+                "SELECT postbox.subscribe('{group}', 'orders', 4::smallint, 'key', NULL, 'earliest', NULL)"
+            ),
         )
         .await;
     }
@@ -119,28 +132,52 @@ async fn a_list_has_the_newest_first_page_by_page_and_by_every_filter() {
     give_up(&db, "audit", "5, 6", "failed 8 times: refused", false).await;
     give_up(&db, "audit", "7", "failed 8 times: refused", true).await;
 
-    assert_eq!(numbers(&succeed(run(&db, &["dead-letters", "list", "--json"]))), (1..=9).rev().collect::<Vec<_>>());
+    assert_eq!(
+        numbers(&succeed(run(&db, &["dead-letters", "list", "--json"]))),
+        (1..=9).rev().collect::<Vec<_>>()
+    );
     let page = succeed(run(&db, &["dead-letters", "list", "--limit", "4", "--json"]));
     assert_eq!(numbers(&page), [9, 8, 7, 6]);
-    let page = succeed(run(&db, &["dead-letters", "list", "--limit", "4", "--before", "6", "--json"]));
+    let page = succeed(run(
+        &db,
+        &["dead-letters", "list", "--limit", "4", "--before", "6", "--json"],
+    ));
     assert_eq!(numbers(&page), [5, 4, 3, 2]);
 
-    let list = |filter: &[&str]| numbers(&succeed(run(&db, &[&["dead-letters", "list", "--json"], filter].concat())));
+    let list = |filter: &[&str]| {
+        numbers(&succeed(run(
+            &db,
+            &[&["dead-letters", "list", "--json"], filter].concat(),
+        )))
+    };
     assert_eq!(list(&["--group", "audit"]), [9, 8, 7]);
     assert_eq!(list(&["--group", "audit", "--halted"]), [9]);
     assert_eq!(list(&["--topic", "orders", "--key", "k0"]), [7, 6, 1]);
-    assert_eq!(list(&["--type", "order.placed", "--reason", "timeout"]), [6, 5, 4, 3, 2, 1]);
+    assert_eq!(
+        list(&["--type", "order.placed", "--reason", "timeout"]),
+        [6, 5, 4, 3, 2, 1]
+    );
     assert_eq!(list(&["--type", "order.paid"]), [0; 0]);
     assert_eq!(list(&["--topic", "payments"]), [0; 0]);
-    sql(&db, "UPDATE postbox.dead_letter SET died_at = died_at - interval '3 hours' WHERE id <= 4").await;
+    sql(
+        &db,
+        "UPDATE postbox.dead_letter SET died_at = died_at - interval '3 hours' WHERE id <= 4",
+    )
+    .await;
     assert_eq!(list(&["--since", "2h"]), [9, 8, 7, 6, 5]);
     assert_eq!(list(&["--until", "2h", "--group", "mail"]), [4, 3, 2, 1]);
     let all = json_lines(&succeed(run(&db, &["dead-letters", "list", "--json"])));
     let message = all[3]["message_id"].as_str().unwrap();
     assert_eq!(list(&["--message", message]), [7, 6]);
 
-    let human = succeed(run(&db, &["dead-letters", "list", "--group", "audit", "--limit", "2"]));
-    assert!(human.contains("order.placed") && human.contains("--before 8"), "{human}");
+    let human = succeed(run(
+        &db,
+        &["dead-letters", "list", "--group", "audit", "--limit", "2"],
+    ));
+    assert!(
+        human.contains("order.placed") && human.contains("--before 8"),
+        "{human}"
+    );
     // Its first page is all that the database reads for it.
     sql(&db, "INSERT INTO postbox.dead_letter (subscription_id, \"offset\", lane, reason, attempts, errors, seq, message_id, published_at, payload)
          SELECT 1, n, 0, 'r', 1, '[]', n, gen_random_uuid(), now(), '{}' FROM generate_series(1000, 4999) n; ANALYZE postbox.dead_letter").await;
@@ -155,7 +192,13 @@ async fn a_list_has_the_newest_first_page_by_page_and_by_every_filter() {
         plans.push_str(&line);
     }
     assert!(plans.contains("Index") && !plans.contains("Sort"), "{plans}");
-    assert_eq!(dead_letters::list(db.pool(), &Filter::default(), None, 3).await.unwrap().len(), 3);
+    assert_eq!(
+        dead_letters::list(db.pool(), &Filter::default(), None, 3)
+            .await
+            .unwrap()
+            .len(),
+        3
+    );
 }
 
 #[tokio::test]
@@ -181,10 +224,17 @@ async fn a_letter_is_shown_whole_and_its_payload_as_text_or_base64() {
         assert_eq!(letter[field], value, "{field}");
     }
     assert_eq!(letter["errors"][1]["error"], "connection refused");
-    let letter: Value = serde_json::from_str(&succeed(run(&db, &["dead-letters", "show", "2", "--json"]))).unwrap();
-    assert_eq!((&letter["payload_base64"], &letter["payload"]), (&json!("/wA="), &Value::Null));
+    let letter: Value =
+        serde_json::from_str(&succeed(run(&db, &["dead-letters", "show", "2", "--json"]))).unwrap();
+    assert_eq!(
+        (&letter["payload_base64"], &letter["payload"]),
+        (&json!("/wA="), &Value::Null)
+    );
     let human = succeed(run(&db, &["dead-letters", "show", "1"]));
-    assert!(human.contains("connection refused") && human.ends_with("{\"n\": 3}\n"), "{human}");
+    assert!(
+        human.contains("connection refused") && human.ends_with("{\"n\": 3}\n"),
+        "{human}"
+    );
     let missing = run(&db, &["dead-letters", "show", "99"]);
     assert_eq!(missing.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&missing.stderr).starts_with("error: there is no dead letter 99"));
@@ -197,7 +247,10 @@ async fn nothing_is_done_without_yes() {
     give_up(&db, "audit", "3", "failed 8 times", true).await;
     for action in ["redrive", "discard"] {
         let preview = ends(run(&db, &["dead-letters", action, "--all"]), 3);
-        assert!(preview.contains(&format!("would {action} 4 dead letters")) && preview.contains("--yes"), "{preview}");
+        assert!(
+            preview.contains(&format!("would {action} 4 dead letters")) && preview.contains("--yes"),
+            "{preview}"
+        );
         let preview = ends(run(&db, &["dead-letters", action, "1", "2", "--json"]), 3);
         let preview: Value = serde_json::from_str(&preview).unwrap();
         assert_eq!(
@@ -209,7 +262,14 @@ async fn nothing_is_done_without_yes() {
     let preview = ends(run(&db, &["dead-letters", "release", "--all"]), 3);
     assert!(preview.contains("would release 1 dead letter;"), "{preview}");
     assert_eq!(number(&db, "SELECT count(*) FROM postbox.dead_letter").await, 4);
-    assert_eq!(number(&db, "SELECT count(*) FROM postbox.redelivery WHERE state = 'halted'").await, 1);
+    assert_eq!(
+        number(
+            &db,
+            "SELECT count(*) FROM postbox.redelivery WHERE state = 'halted'"
+        )
+        .await,
+        1
+    );
     // Where there is nothing to do, nothing is left undone.
     let none = succeed(run(&db, &["dead-letters", "redrive", "--group", "nobody"]));
     assert!(none.contains("nothing to redrive"), "{none}");
@@ -220,9 +280,22 @@ async fn redriven_messages_keep_their_ids_and_count_it() {
     let db = database().await;
     give_up(&db, "mail", "0, 1, 2", "failed 8 times: Timeout", false).await;
     give_up(&db, "audit", "3", "failed 8 times", true).await;
-    let done = succeed(run(&db, &["dead-letters", "redrive", "--reason", "timeout", "--yes", "--json"]));
+    let done = succeed(run(
+        &db,
+        &[
+            "dead-letters",
+            "redrive",
+            "--reason",
+            "timeout",
+            "--yes",
+            "--json",
+        ],
+    ));
     let done: Value = serde_json::from_str(&done).unwrap();
-    assert_eq!((&done["done"], &done["letters"], &done["interrupted"]), (&json!(true), &json!(3), &json!(false)));
+    assert_eq!(
+        (&done["done"], &done["letters"], &done["interrupted"]),
+        (&json!(true), &json!(3), &json!(false))
+    );
     assert_eq!(number(&db, "SELECT count(*) FROM postbox.dead_letter").await, 1);
     let redriven: i64 = number(
         &db,
@@ -235,19 +308,37 @@ async fn redriven_messages_keep_their_ids_and_count_it() {
     // An edited payload, for one message; from standard input as well.
     let edited = std::env::temp_dir().join(format!("{}.json", db.name()));
     std::fs::write(&edited, "{\"n\": \"three\"}").unwrap();
-    let done = succeed(run(&db, &["dead-letters", "redrive", "4", "--payload", edited.to_str().unwrap(), "--yes"]));
+    let done = succeed(run(
+        &db,
+        &[
+            "dead-letters",
+            "redrive",
+            "4",
+            "--payload",
+            edited.to_str().unwrap(),
+            "--yes",
+        ],
+    ));
     assert_eq!(done, "redrove 1 dead letter\n");
     std::fs::remove_file(edited).unwrap();
-    let payload: Vec<u8> = sqlx::query_scalar("SELECT payload FROM postbox.redelivery WHERE \"offset\" = 3 AND state = 'redriven'")
-        .fetch_one(db.pool())
-        .await
-        .unwrap();
+    let payload: Vec<u8> = sqlx::query_scalar(
+        "SELECT payload FROM postbox.redelivery WHERE \"offset\" = 3 AND state = 'redriven'",
+    )
+    .fetch_one(db.pool())
+    .await
+    .unwrap();
     assert_eq!(payload, b"{\"n\": \"three\"}");
     give_up(&db, "audit", "4", "failed 8 times", false).await;
-    let mut child = command(&db, &["dead-letters", "redrive", "5", "--payload", "-", "--yes"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut child = command(&db, &["dead-letters", "redrive", "5", "--payload", "-", "--yes"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
     child.stdin.take().unwrap().write_all(b"4").unwrap();
     succeed(child.wait_with_output().unwrap());
-    assert_eq!(number(&db, "SELECT count(*) FROM postbox.redelivery WHERE payload = '4'").await, 1);
+    assert_eq!(
+        number(&db, "SELECT count(*) FROM postbox.redelivery WHERE payload = '4'").await,
+        1
+    );
     let gone = run(&db, &["dead-letters", "redrive", "5", "--yes"]);
     assert_eq!(gone.status.code(), Some(1), "{gone:?}");
 }
@@ -256,14 +347,37 @@ async fn redriven_messages_keep_their_ids_and_count_it() {
 async fn a_halted_key_goes_on_when_its_letter_is_discarded_or_released() {
     let db = database().await;
     give_up(&db, "mail", "0, 1, 2", "failed 8 times", true).await;
-    assert_eq!(succeed(run(&db, &["dead-letters", "release", "1", "--yes"])), "released the keys of 1 dead letter\n");
-    assert_eq!(succeed(run(&db, &["dead-letters", "discard", "2", "--yes"])), "discarded 1 dead letter\n");
-    assert_eq!(number(&db, "SELECT count(*) FROM postbox.dead_letter WHERE id = 1 AND NOT halted").await, 1);
-    assert_eq!(number(&db, "SELECT count(*) FROM postbox.dead_letter WHERE id = 2").await, 0);
-    let states: Vec<String> = sqlx::query_scalar("SELECT state FROM postbox.redelivery ORDER BY \"offset\"").fetch_all(db.pool()).await.unwrap();
+    assert_eq!(
+        succeed(run(&db, &["dead-letters", "release", "1", "--yes"])),
+        "released the keys of 1 dead letter\n"
+    );
+    assert_eq!(
+        succeed(run(&db, &["dead-letters", "discard", "2", "--yes"])),
+        "discarded 1 dead letter\n"
+    );
+    assert_eq!(
+        number(
+            &db,
+            "SELECT count(*) FROM postbox.dead_letter WHERE id = 1 AND NOT halted"
+        )
+        .await,
+        1
+    );
+    assert_eq!(
+        number(&db, "SELECT count(*) FROM postbox.dead_letter WHERE id = 2").await,
+        0
+    );
+    let states: Vec<String> = sqlx::query_scalar("SELECT state FROM postbox.redelivery ORDER BY \"offset\"")
+        .fetch_all(db.pool())
+        .await
+        .unwrap();
     assert_eq!(states, ["released", "released", "halted"]);
     // Only the halted one is left to release.
-    let preview: Value = serde_json::from_str(&ends(run(&db, &["dead-letters", "release", "--all", "--json"]), 3)).unwrap();
+    let preview: Value = serde_json::from_str(&ends(
+        run(&db, &["dead-letters", "release", "--all", "--json"]),
+        3,
+    ))
+    .unwrap();
     assert_eq!(preview["letters"], 1);
 }
 
@@ -295,7 +409,20 @@ async fn a_rate_is_kept_and_an_interrupt_leaves_every_letter_in_one_place() {
     )
     .await;
     let begun = Instant::now();
-    let child = command(&db, &["dead-letters", "redrive", "--all", "--rate", "100/s", "--yes", "--json"]).spawn().unwrap();
+    let child = command(
+        &db,
+        &[
+            "dead-letters",
+            "redrive",
+            "--all",
+            "--rate",
+            "100/s",
+            "--yes",
+            "--json",
+        ],
+    )
+    .spawn()
+    .unwrap();
     let child = Running(Some(child));
     let redriven = "SELECT count(*) FROM postbox.redelivery WHERE state = 'redriven'";
     eventually(PATIENCE, async || match number(&db, redriven).await {
@@ -304,18 +431,35 @@ async fn a_rate_is_kept_and_an_interrupt_leaves_every_letter_in_one_place() {
     })
     .await;
     // The first ten go at once.
-    assert!(begun.elapsed() >= Duration::from_millis(200), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() >= Duration::from_millis(200),
+        "{:?}",
+        begun.elapsed()
+    );
     kill_process(Pid::from_child(child.0.as_ref().unwrap()), Signal::INT).unwrap();
     let done = ends(child.output(), 130);
     let done: Value = serde_json::from_str(&done).unwrap();
     let redriven = number(&db, redriven).await;
-    assert_eq!((&done["letters"], &done["interrupted"]), (&json!(redriven), &json!(true)));
+    assert_eq!(
+        (&done["letters"], &done["interrupted"]),
+        (&json!(redriven), &json!(true))
+    );
     assert!((30..1000).contains(&redriven), "{redriven}");
-    assert_eq!(number(&db, "SELECT count(*) FROM postbox.dead_letter").await, 1000 - redriven);
+    assert_eq!(
+        number(&db, "SELECT count(*) FROM postbox.dead_letter").await,
+        1000 - redriven
+    );
     // Without a rate the rest is done in batches.
     succeed(run(&db, &["dead-letters", "redrive", "--all", "--yes"]));
     assert_eq!(number(&db, "SELECT count(*) FROM postbox.dead_letter").await, 0);
-    assert_eq!(number(&db, "SELECT count(*) FROM postbox.redelivery WHERE state = 'redriven'").await, 1000);
+    assert_eq!(
+        number(
+            &db,
+            "SELECT count(*) FROM postbox.redelivery WHERE state = 'redriven'"
+        )
+        .await,
+        1000
+    );
 }
 
 #[tokio::test]
@@ -331,14 +475,23 @@ async fn an_export_has_every_letter_whole_and_overwrites_nothing() {
     let path = file.to_str().unwrap();
     succeed(run(&db, &["dead-letters", "export", "--out", path]));
     let exported = std::fs::read_to_string(&file).unwrap();
-    let payloads: Vec<Value> = json_lines(&exported).iter().map(|letter| letter["payload"].clone()).collect();
-    assert_eq!(payloads, (0..200).map(|n| json!(n.to_string())).collect::<Vec<_>>());
+    let payloads: Vec<Value> = json_lines(&exported)
+        .iter()
+        .map(|letter| letter["payload"].clone())
+        .collect();
+    assert_eq!(
+        payloads,
+        (0..200).map(|n| json!(n.to_string())).collect::<Vec<_>>()
+    );
     let again = run(&db, &["dead-letters", "export", "--out", path]);
     assert_eq!(again.status.code(), Some(1), "{again:?}");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), exported);
     std::fs::remove_file(file).unwrap();
     assert_eq!(succeed(run(&db, &["dead-letters", "export"])), exported);
-    assert_eq!(succeed(run(&db, &["dead-letters", "export", "--group", "audit"])), "");
+    assert_eq!(
+        succeed(run(&db, &["dead-letters", "export", "--group", "audit"])),
+        ""
+    );
 }
 
 #[tokio::test]
@@ -361,24 +514,37 @@ async fn what_would_be_ambiguous_is_refused() {
 }
 
 async fn states(db: &TestDatabase, offset: i64) -> Vec<(String, String)> {
-    let id: String = sqlx::query_scalar("SELECT id::text FROM postbox.outbox WHERE payload = convert_to(format('{\"n\": %s}', $1), 'UTF8')")
-        .bind(offset)
-        .fetch_one(db.pool())
-        .await
-        .unwrap();
-    let message: Value = serde_json::from_str(&succeed(run(db, &["messages", "show", &id, "--json"]))).unwrap();
+    let id: String = sqlx::query_scalar(
+        "SELECT id::text FROM postbox.outbox WHERE payload = convert_to(format('{\"n\": %s}', $1), 'UTF8')",
+    )
+    .bind(offset)
+    .fetch_one(db.pool())
+    .await
+    .unwrap();
+    let message: Value =
+        serde_json::from_str(&succeed(run(db, &["messages", "show", &id, "--json"]))).unwrap();
     assert_eq!(message["offset"], offset);
     let groups = message["groups"].as_array().unwrap();
     groups
         .iter()
-        .map(|group| (group["group"].as_str().unwrap().to_owned(), group["state"].as_str().unwrap().to_owned()))
+        .map(|group| {
+            (
+                group["group"].as_str().unwrap().to_owned(),
+                group["state"].as_str().unwrap().to_owned(),
+            )
+        })
         .collect()
 }
 
 #[tokio::test]
 async fn a_message_is_found_with_its_state_for_each_group() {
     let db = database().await;
-    let both = |audit: &str, mail: &str| vec![("audit".to_owned(), audit.to_owned()), ("mail".to_owned(), mail.to_owned())];
+    let both = |audit: &str, mail: &str| {
+        vec![
+            ("audit".to_owned(), audit.to_owned()),
+            ("mail".to_owned(), mail.to_owned()),
+        ]
+    };
     assert_eq!(states(&db, 0).await, both("waiting", "waiting"));
 
     // Group mail has passed everything below 10 but for offset 2; audit has settled 12 with its transaction.
@@ -415,19 +581,37 @@ async fn a_message_is_found_with_its_state_for_each_group() {
     let letter: Value = serde_json::from_str(&text).unwrap();
     let id = letter["message_id"].as_str().unwrap();
     let human = succeed(run(&db, &["messages", "show", id]));
-    assert!(human.contains("connection refused") && human.contains("k3"), "{human}");
+    assert!(
+        human.contains("connection refused") && human.contains("k3"),
+        "{human}"
+    );
     // A copy outlives the log.
     sql(&db, "TRUNCATE postbox.outbox").await;
-    let message: Value = serde_json::from_str(&succeed(run(&db, &["messages", "show", id, "--json"]))).unwrap();
-    assert_eq!((&message["in_log"], &message["topic"]), (&json!(false), &json!("orders")));
+    let message: Value =
+        serde_json::from_str(&succeed(run(&db, &["messages", "show", id, "--json"]))).unwrap();
+    assert_eq!(
+        (&message["in_log"], &message["topic"]),
+        (&json!(false), &json!("orders"))
+    );
 
     // One without an offset yet, and ids that say nothing of the time, or a wrong one.
-    for id in ["018f0000-0000-7000-8000-000000000000", "0b8c9a52-4f9b-4a33-9c51-0d9f0c1b2a3d"] {
+    for id in [
+        "018f0000-0000-7000-8000-000000000000",
+        "0b8c9a52-4f9b-4a33-9c51-0d9f0c1b2a3d",
+    ] {
         let missing = run(&db, &["messages", "show", id]);
         assert_eq!(missing.status.code(), Some(1), "{missing:?}");
-        sql(&db, format!("SELECT postbox.publish(topic => 'orders', payload => '1', id => '{id}')")).await;
-        let message: Value = serde_json::from_str(&succeed(run(&db, &["messages", "show", id, "--json"]))).unwrap();
-        assert_eq!((&message["offset"], &message["groups"][0]["state"]), (&Value::Null, &json!("unsequenced")));
+        sql(
+            &db,
+            format!("SELECT postbox.publish(topic => 'orders', payload => '1', id => '{id}')"),
+        )
+        .await;
+        let message: Value =
+            serde_json::from_str(&succeed(run(&db, &["messages", "show", id, "--json"]))).unwrap();
+        assert_eq!(
+            (&message["offset"], &message["groups"][0]["state"]),
+            (&Value::Null, &json!("unsequenced"))
+        );
     }
 }
 
@@ -450,7 +634,10 @@ async fn status_counts_what_failed_and_says_the_worst_breaker() {
     for (field, count) in [("retrying", 3), ("parked", 1), ("halted", 1), ("dead", 7)] {
         assert_eq!(mail[field], count, "{field}");
     }
-    assert_eq!((&mail["breaker"], &of("audit").await["dead"]), (&Value::Null, &json!(0)));
+    assert_eq!(
+        (&mail["breaker"], &of("audit").await["dead"]),
+        (&Value::Null, &json!(0))
+    );
 
     // Two live instances and a dead one.
     let mut session = db.connect().await.unwrap();
@@ -466,13 +653,140 @@ async fn status_counts_what_failed_and_says_the_worst_breaker() {
         .await
         .unwrap();
         if live {
-            sqlx::query("SELECT pg_advisory_lock(1347571763, $1)").bind(id).execute(&mut session).await.unwrap();
+            sqlx::query("SELECT pg_advisory_lock(1347571763, $1)")
+                .bind(id)
+                .execute(&mut session)
+                .await
+                .unwrap();
         }
     }
-    sql(&db, "INSERT INTO postbox.consumer (name, pid, subscriptions, lease) VALUES ('new', 1, '{}', '10 s')").await;
-    assert_eq!((&of("mail").await["breaker"], &of("audit").await["breaker"]), (&json!("full"), &Value::Null));
+    sql(
+        &db,
+        "INSERT INTO postbox.consumer (name, pid, subscriptions, lease) VALUES ('new', 1, '{}', '10 s')",
+    )
+    .await;
+    assert_eq!(
+        (&of("mail").await["breaker"], &of("audit").await["breaker"]),
+        (&json!("full"), &Value::Null)
+    );
     let human = succeed(run(&db, &["status"]));
     assert!(human.contains("breaker") && human.contains("full"), "{human}");
+}
+
+#[tokio::test]
+async fn a_running_group_runs_what_is_redriven_and_goes_on_with_what_is_released() {
+    let db = TestDatabase::new().await.unwrap();
+    let dispatcher = Dispatcher::new(db.pool().clone()).start().await.unwrap();
+    let ran: Arc<Mutex<Vec<(i64, Option<String>)>>> = Arc::default();
+    let noted = ran.clone();
+    // Fails for 0 until its payload is mended, and for 5 always.
+    let handler = HandlerDefinition::new("mail")
+        .group("mail")
+        .topic("orders")
+        .retry(
+            Retry::fixed(Duration::from_millis(5))
+                .max_attempts(2)
+                .exhausted(Exhausted::Halt),
+        )
+        .call(move |mut invocation| {
+            let noted = noted.clone();
+            Box::pin(async move {
+                let delivery = <Delivery as Extract>::extract(&mut invocation).await?;
+                let raw = <Raw as Extract>::extract(&mut invocation).await?;
+                let n: i64 = serde_json::from_slice(&raw.payload)?;
+                if n == 0 || n == 5 {
+                    return Err(HandlerError::retry("the printer is out of paper"));
+                }
+                let redriven = delivery.headers.get("postbox-redriven").map(str::to_owned);
+                noted.lock().unwrap().push((n, redriven));
+                Ok(())
+            })
+        });
+    let consumer = Consumer::new(db.pool().clone())
+        .handlers([handler])
+        .start()
+        .await
+        .unwrap();
+    // Two keys, five messages each; the first of each fails.
+    sql(
+        &db,
+        "SELECT postbox.publish(topic => 'orders', key => CASE WHEN n < 5 THEN 'a' ELSE 'b' END, payload => to_jsonb(n)) FROM generate_series(0, 9) n",
+    )
+    .await;
+    let halted = "SELECT count(*) FROM postbox.dead_letter WHERE halted";
+    eventually(PATIENCE, async || match number(&db, halted).await {
+        2 => Ok(()),
+        few => Err(format!("{few} halted")),
+    })
+    .await;
+    let letters = json_lines(&succeed(run(&db, &["dead-letters", "list", "--json"])));
+    let letter_of = |key: &str| letters.iter().find(|letter| letter["key"] == key).unwrap();
+    assert_eq!(letter_of("a")["attempts"], 2);
+    assert!(letter_of("a")["errors"].to_string().contains("out of paper"));
+    let id = letter_of("a")["message_id"].as_str().unwrap();
+    let shown: Value = serde_json::from_str(&succeed(run(&db, &["messages", "show", id, "--json"]))).unwrap();
+    assert_eq!(shown["groups"][0]["state"], "halted");
+    let status: Value = serde_json::from_str(&succeed(run(&db, &["status", "--json"]))).unwrap();
+    let mail = &status["subscriptions"][0];
+    assert_eq!((&mail["halted"], &mail["dead"]), (&json!(2), &json!(2)), "{mail}");
+    assert!(ran.lock().unwrap().is_empty());
+
+    // Key a: mended. Key b: without its first.
+    let number_of = |key: &str| letter_of(key)["id"].as_i64().unwrap().to_string();
+    let mut child = command(
+        &db,
+        &[
+            "dead-letters",
+            "redrive",
+            &number_of("a"),
+            "--payload",
+            "-",
+            "--yes",
+        ],
+    )
+    .stdin(Stdio::piped())
+    .spawn()
+    .unwrap();
+    child.stdin.take().unwrap().write_all(b"100").unwrap();
+    succeed(child.wait_with_output().unwrap());
+    succeed(run(&db, &["dead-letters", "release", &number_of("b"), "--yes"]));
+    eventually(PATIENCE, async || match ran.lock().unwrap().len() {
+        9 => Ok(()),
+        ran => Err(format!("{ran} ran")),
+    })
+    .await;
+    let ran = ran.lock().unwrap().clone();
+    let of_a: Vec<_> = ran.iter().filter(|(n, _)| *n < 5 || *n == 100).cloned().collect();
+    let plain = |n| (n, None);
+    assert_eq!(
+        of_a,
+        [
+            (100, Some("1".to_owned())),
+            plain(1),
+            plain(2),
+            plain(3),
+            plain(4)
+        ]
+    );
+    let of_b: Vec<i64> = ran
+        .iter()
+        .map(|(n, _)| *n)
+        .filter(|n| (5..10).contains(n))
+        .collect();
+    assert_eq!(of_b, [6, 7, 8, 9]);
+    consumer.shutdown().await.unwrap();
+    assert_eq!(number(&db, "SELECT count(*) FROM postbox.redelivery").await, 0);
+    assert_eq!(
+        number(
+            &db,
+            "SELECT count(*) FROM postbox.dead_letter WHERE key = 'b' AND NOT halted"
+        )
+        .await,
+        1
+    );
+    let shown: Value = serde_json::from_str(&succeed(run(&db, &["messages", "show", id, "--json"]))).unwrap();
+    assert_eq!(shown["groups"][0]["state"], "delivered");
+    dispatcher.shutdown().await;
 }
 
 #[tokio::test]
@@ -485,7 +799,10 @@ async fn a_rebase_is_for_a_database_that_needs_it() {
     let check: Value = serde_json::from_str(&check).unwrap();
     assert_eq!(check["needed"], true);
     let done: Value = serde_json::from_str(&succeed(run(&db, &["rebase", "--json"]))).unwrap();
-    assert_eq!((&done["sequenced"], &done["unsequenced"]), (&json!(20), &json!(0)));
+    assert_eq!(
+        (&done["sequenced"], &done["unsequenced"]),
+        (&json!(20), &json!(0))
+    );
     let again: Value = serde_json::from_str(&succeed(run(&db, &["rebase", "--json"]))).unwrap();
     assert_eq!(again["needed"], false);
     assert!(succeed(run(&db, &["rebase", "--force"])).contains("20 messages keep their offsets"));

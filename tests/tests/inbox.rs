@@ -111,8 +111,12 @@ async fn a_duplicate_waits_for_the_run_that_is_in_flight() {
         assert!(inbox.first(&mut first, &message).await.expect("noted"));
         let answered = Arc::new(AtomicBool::new(false));
         let second = tokio::spawn({
-            let (pool, inbox, message, answered) =
-                (elsewhere.pool().clone(), inbox.clone(), message.clone(), answered.clone());
+            let (pool, inbox, message, answered) = (
+                elsewhere.pool().clone(),
+                inbox.clone(),
+                message.clone(),
+                answered.clone(),
+            );
             async move {
                 let mut tx = pool.begin().await.expect("a transaction");
                 let answer = inbox.first(&mut tx, &message).await.expect("an answer");
@@ -197,7 +201,12 @@ async fn the_table_is_made_once_by_any_number_and_used_by_a_role_that_cannot_mak
     Inbox::create(&role.pool).await.expect("it is there");
     let mut tx = role.pool.begin().await.expect("a transaction");
     let inbox = Inbox::new("ledger");
-    assert!(inbox.first(&mut tx, &delivery(MessageId::new())).await.expect("noted"));
+    assert!(
+        inbox
+            .first(&mut tx, &delivery(MessageId::new()))
+            .await
+            .expect("noted")
+    );
     tx.commit().await.expect("committed");
     inbox.expire(&role.pool, Duration::ZERO).await.expect("expired");
     role.drop(&db).await;

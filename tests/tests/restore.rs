@@ -102,7 +102,11 @@ async fn two_clusters() -> Option<(Programs, TestDatabase, TestDatabase)> {
     let young = TestPostgres::private().await.expect("another server");
     let from = old.database().await.expect("a database");
     age(from.pool(), 20_000).await;
-    Some((programs, from, young.empty_database().await.expect("an empty database")))
+    Some((
+        programs,
+        from,
+        young.empty_database().await.expect("an empty database"),
+    ))
 }
 
 fn numbers(keys: i64, numbers: std::ops::Range<i64>) -> Vec<Step> {
@@ -115,7 +119,10 @@ fn numbers(keys: i64, numbers: std::ops::Range<i64>) -> Vec<Step> {
 /// dump is made.
 async fn live_a_while(db: &TestDatabase, keys: i64) -> Vec<(String, i64, i64)> {
     let seen = Seen::default();
-    let dispatcher = Dispatcher::new(db.pool().clone()).start().await.expect("it starts");
+    let dispatcher = Dispatcher::new(db.pool().clone())
+        .start()
+        .await
+        .expect("it starts");
     let consumer = Consumer::new(db.pool().clone())
         .handlers([note_in(&seen, "early")])
         .start()
@@ -166,11 +173,16 @@ async fn what_was_dumped_goes_on_in_a_younger_cluster() {
     let mut open = pool.begin().await.expect("a transaction");
     open.publish(&step("open", 0)).await.expect("published");
     publish(pool, numbers(keys, 90..100).iter()).await;
-    let step_now = sqlx::query("SELECT * FROM postbox.sequence()").fetch_all(pool).await;
+    let step_now = sqlx::query("SELECT * FROM postbox.sequence()")
+        .fetch_all(pool)
+        .await;
     let error = step_now.expect_err("a step must not be taken");
     let error = error.as_database_error().expect("the database's");
     assert_eq!(error.code().as_deref(), Some("PB002"), "{error}");
-    assert_eq!(number(pool, "SELECT postbox.next_offset('steps')").await, keys * 60);
+    assert_eq!(
+        number(pool, "SELECT postbox.next_offset('steps')").await,
+        keys * 60
+    );
 
     let dispatcher = Dispatcher::new(pool.clone()).start().await.expect("it starts");
     publish(pool, numbers(keys, 100..110).iter()).await;
@@ -197,7 +209,10 @@ async fn what_was_dumped_goes_on_in_a_younger_cluster() {
     let mut late = taken(&late);
     late.retain(|(key, ..)| key != "open");
     assert_each_once_and_in_order(&late, keys, 0..120);
-    assert_eq!(ledger::complete(&young, "steps").await.len() as i64, keys * 120 + 1);
+    assert_eq!(
+        ledger::complete(&young, "steps").await.len() as i64,
+        keys * 120 + 1
+    );
     assert_eq!(restore::is_needed(pool).await.expect("an answer"), None);
 }
 
@@ -211,12 +226,26 @@ async fn a_younger_cluster_that_has_caught_up_is_told_from_the_old_one() {
     let pool = young.pool();
     age(pool, 60_000).await;
     publish(pool, numbers(3, 90..100).iter()).await;
-    let reason = restore::is_needed(pool).await.expect("an answer").expect("needed");
+    let reason = restore::is_needed(pool)
+        .await
+        .expect("an answer")
+        .expect("needed");
     assert!(reason.contains("cluster"), "{reason}");
-    assert!(sqlx::query("SELECT * FROM postbox.sequence()").fetch_all(pool).await.is_err());
+    assert!(
+        sqlx::query("SELECT * FROM postbox.sequence()")
+            .fetch_all(pool)
+            .await
+            .is_err()
+    );
 
-    let done = restore::rebase(pool, false).await.expect("rebased").expect("it was needed");
-    assert_eq!((done.sequenced, done.unsequenced, done.freed_lanes), (180, 120, 0));
+    let done = restore::rebase(pool, false)
+        .await
+        .expect("rebased")
+        .expect("it was needed");
+    assert_eq!(
+        (done.sequenced, done.unsequenced, done.freed_lanes),
+        (180, 120, 0)
+    );
     assert_eq!(restore::rebase(pool, false).await.expect("nothing to do"), None);
     ledger::step(pool).await;
     assert_eq!(ledger::complete(&young, "steps").await.len(), 300);
@@ -232,14 +261,24 @@ async fn a_cluster_that_may_not_be_told_apart_is_by_its_transactions() {
     programs.copy(&old, &young).await;
     let pool = young.pool();
     sql(pool, "UPDATE postbox.cluster SET system_identifier = NULL").await;
-    let reason = restore::is_needed(pool).await.expect("an answer").expect("needed");
+    let reason = restore::is_needed(pool)
+        .await
+        .expect("an answer")
+        .expect("needed");
     assert!(reason.contains("message of transaction"), "{reason}");
     assert!(restore::rebase(pool, false).await.expect("rebased").is_some());
     ledger::step(pool).await;
     assert_eq!(ledger::complete(&young, "steps").await.len(), 10);
     // A role without rights can see for itself, too.
     let role = role::Role::new(&young).await;
-    sql(pool, format!("GRANT USAGE ON SCHEMA postbox TO {0}; GRANT SELECT ON ALL TABLES IN SCHEMA postbox TO {0}", role.name)).await;
+    sql(
+        pool,
+        format!(
+            "GRANT USAGE ON SCHEMA postbox TO {0}; GRANT SELECT ON ALL TABLES IN SCHEMA postbox TO {0}",
+            role.name
+        ),
+    )
+    .await;
     let theirs: Option<i64> = sqlx::query_scalar("SELECT postbox.system_identifier()")
         .fetch_one(&role.pool)
         .await
@@ -261,7 +300,10 @@ async fn instances_of_the_old_cluster_are_forgotten_and_their_lanes_go_on_where_
         return;
     };
     let seen = Seen::default();
-    let dispatcher = Dispatcher::new(old.pool().clone()).start().await.expect("it starts");
+    let dispatcher = Dispatcher::new(old.pool().clone())
+        .start()
+        .await
+        .expect("it starts");
     let consumer = Consumer::new(old.pool().clone())
         .handlers([note_in(&seen, "early")])
         .start()
@@ -276,10 +318,20 @@ async fn instances_of_the_old_cluster_are_forgotten_and_their_lanes_go_on_where_
 
     let pool = young.pool();
     assert_eq!(number(pool, "SELECT count(*) FROM postbox.consumer").await, 1);
-    let done = restore::rebase(pool, false).await.expect("rebased").expect("it was needed");
+    let done = restore::rebase(pool, false)
+        .await
+        .expect("rebased")
+        .expect("it was needed");
     assert_eq!(done.freed_lanes, 32);
     assert_eq!(number(pool, "SELECT count(*) FROM postbox.consumer").await, 0);
-    assert_eq!(number(pool, "SELECT count(*) FROM postbox.lane WHERE consumer_id IS NOT NULL OR crashes > 0").await, 0);
+    assert_eq!(
+        number(
+            pool,
+            "SELECT count(*) FROM postbox.lane WHERE consumer_id IS NOT NULL OR crashes > 0"
+        )
+        .await,
+        0
+    );
     taken(&seen);
     publish(pool, numbers(5, 20..25).iter()).await;
     let dispatcher = Dispatcher::new(pool.clone()).start().await.expect("it starts");
@@ -318,7 +370,10 @@ async fn a_restore_that_has_not_ended_is_waited_for() {
              WHEN (NOT pg_try_advisory_xact_lock_shared(1347571761, 2)) EXECUTE FUNCTION postbox.ring_bell()",
     )
     .await;
-    let done = restore::rebase(pool, false).await.expect("rebased").expect("it was needed");
+    let done = restore::rebase(pool, false)
+        .await
+        .expect("rebased")
+        .expect("it was needed");
     assert_eq!((done.sequenced, done.unsequenced), (120, 60));
 }
 
@@ -326,7 +381,10 @@ async fn a_restore_that_has_not_ended_is_waited_for() {
 #[tokio::test]
 async fn a_rebase_under_load_loses_and_repeats_nothing() {
     let db = TestDatabase::new().await.expect("a database");
-    let dispatcher = Dispatcher::new(db.pool().clone()).start().await.expect("it starts");
+    let dispatcher = Dispatcher::new(db.pool().clone())
+        .start()
+        .await
+        .expect("it starts");
     let seen = Seen::default();
     let consumer = Consumer::new(db.connect_pool(8))
         .handlers([note_in(&seen, "early")])

@@ -90,7 +90,17 @@ fn human(message: &Whereabouts) -> String {
 }
 
 fn groups(groups: &[GroupState]) -> Table {
-    let mut table = Table::new("Groups", &["group", "state", "attempts", "dead letter", "next attempt", "last error"]);
+    let mut table = Table::new(
+        "Groups",
+        &[
+            "group",
+            "state",
+            "attempts",
+            "dead letter",
+            "next attempt",
+            "last error",
+        ],
+    );
     for group in groups {
         let number = |number: Option<i64>| number.map_or("-".into(), |number| number.to_string());
         table.row([
@@ -100,12 +110,16 @@ fn groups(groups: &[GroupState]) -> Table {
             number(group.dead_letter).into(),
             group
                 .due_at
-                .map_or("-".to_owned(), |at| at.to_rfc3339_opts(SecondsFormat::Millis, true))
+                .map_or("-".to_owned(), |at| {
+                    at.to_rfc3339_opts(SecondsFormat::Millis, true)
+                })
                 .into(),
             group
                 .last_error
                 .as_deref()
-                .map_or("-".to_owned(), |error| error.replace(|c: char| c.is_control(), " "))
+                .map_or("-".to_owned(), |error| {
+                    error.replace(|c: char| c.is_control(), " ")
+                })
                 .into(),
         ]);
     }

@@ -69,8 +69,8 @@ fn topics(topics: &[TopicStatus]) -> Table {
 
 fn subscriptions(subscriptions: &[SubscriptionStatus]) -> Table {
     let heads = [
-        "group", "topic", "order", "lanes", "position", "next", "lag", "retrying", "parked", "halted", "dead",
-        "breaker",
+        "group", "topic", "order", "lanes", "position", "next", "lag", "retrying", "parked", "halted",
+        "dead", "breaker",
     ];
     let mut table = Table::new("Subscriptions", &heads);
     for subscription in subscriptions {

@@ -107,7 +107,12 @@ impl Which {
         }
     }
 
-    async fn act(&self, database: &Database, action: &Action, rate: Option<Rate>) -> anyhow::Result<ExitCode> {
+    async fn act(
+        &self,
+        database: &Database,
+        action: &Action,
+        rate: Option<Rate>,
+    ) -> anyhow::Result<ExitCode> {
         let stop = shutdown::on_signal()?;
         let pool = database.open(1).await?;
         let mut filter = self.filter.filter();
@@ -165,7 +170,13 @@ impl Which {
         Ok(found)
     }
 
-    fn report(&self, output: &mut Output, action: &Action, found: &[Tally], done: Done) -> anyhow::Result<()> {
+    fn report(
+        &self,
+        output: &mut Output,
+        action: &Action,
+        found: &[Tally],
+        done: Done,
+    ) -> anyhow::Result<()> {
         let letters: i64 = found.iter().map(|tally| tally.letters).sum();
         let halted: i64 = found.iter().map(|tally| tally.halted).sum();
         if self.json {
@@ -179,7 +190,10 @@ impl Which {
             }));
         }
         match done {
-            Done::Not if letters == 0 => output.line(&format_args!("no dead letters fit, so there is nothing to {}", action.name())),
+            Done::Not if letters == 0 => output.line(&format_args!(
+                "no dead letters fit, so there is nothing to {}",
+                action.name()
+            )),
             Done::Not => {
                 output.line(&table_of(found))?;
                 output.line(&format_args!(
@@ -195,7 +209,10 @@ impl Which {
                     counted(done, "dead letter", "dead letters")
                 ))?;
                 if interrupted {
-                    note(&format!("interrupted: {} of {letters} are left as they were", letters - done));
+                    note(&format!(
+                        "interrupted: {} of {letters} are left as they were",
+                        letters - done
+                    ));
                 }
                 Ok(())
             }

@@ -43,7 +43,11 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<ExitC
             Target::File(BufWriter::new(file), path)
         }
     };
-    let newest = dead_letters::tally(&pool, &filter).await?.iter().map(|tally| tally.newest).max();
+    let newest = dead_letters::tally(&pool, &filter)
+        .await?
+        .iter()
+        .map(|tally| tally.newest)
+        .max();
     let (mut after, mut written) = (0, 0);
     while let Some(newest) = newest {
         let page = dead_letters::whole(&pool, &filter, after, newest, PAGE).await?;
@@ -56,7 +60,10 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<ExitC
     }
     target.finish()?;
     if args.out.is_some() {
-        note(&format!("{} written", counted(written, "dead letter", "dead letters")));
+        note(&format!(
+            "{} written",
+            counted(written, "dead letter", "dead letters")
+        ));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -80,7 +87,8 @@ impl Target<'_> {
             return Ok(());
         };
         let file = file.into_inner().map_err(std::io::IntoInnerError::into_error);
-        file.and_then(|file| file.sync_all()).with_context(|| cannot_write(path))
+        file.and_then(|file| file.sync_all())
+            .with_context(|| cannot_write(path))
     }
 }
 

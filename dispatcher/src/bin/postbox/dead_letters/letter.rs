@@ -55,7 +55,9 @@ pub(crate) fn json(letter: &DeadLetter) -> anyhow::Result<String> {
         instance: letter.instance.as_deref(),
         errors: &letter.errors,
         payload,
-        payload_base64: bytes.filter(|_| payload.is_none()).map(|bytes| BASE64.encode(bytes)),
+        payload_base64: bytes
+            .filter(|_| payload.is_none())
+            .map(|bytes| BASE64.encode(bytes)),
     };
     Ok(serde_json::to_string(&object)?)
 }
@@ -74,7 +76,10 @@ pub(crate) fn human(letter: &DeadLetter) -> String {
         ("Message", letter.message_id.to_string()),
         ("Type", or_none(letter.message_type.as_deref())),
         ("Key", or_none(letter.key.as_deref())),
-        ("Headers", letter.headers.as_ref().map_or("-".to_owned(), Value::to_string)),
+        (
+            "Headers",
+            letter.headers.as_ref().map_or("-".to_owned(), Value::to_string),
+        ),
         ("Published at", clock(letter.published_at)),
         ("Given up at", clock(letter.died_at)),
         ("By", or_none(letter.instance.as_deref())),

@@ -53,14 +53,26 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<ExitC
     }
     if !args.json {
         output.line(&table)?;
-        if left == 0 && let Some(before) = before {
+        if left == 0
+            && let Some(before) = before
+        {
             output.line(&format_args!("\nThere may be more: --before {before}"))?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-const HEADS: &[&str] = &["number", "group", "topic", "type", "key", "attempts", "halted", "given up at", "reason"];
+const HEADS: &[&str] = &[
+    "number",
+    "group",
+    "topic",
+    "type",
+    "key",
+    "attempts",
+    "halted",
+    "given up at",
+    "reason",
+];
 /// Characters of a key and a reason; `show` has them whole.
 const WIDTH: usize = 60;
 

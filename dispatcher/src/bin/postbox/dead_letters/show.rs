@@ -32,5 +32,7 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<ExitC
 }
 
 pub(crate) fn gone(number: i64) -> String {
-    format!("there is no dead letter {number}: it may have been redriven or discarded (postbox dead-letters list)")
+    format!(
+        "there is no dead letter {number}: it may have been redriven or discarded (postbox dead-letters list)"
+    )
 }
