@@ -61,8 +61,8 @@ impl Stage {
         (id, session)
     }
 
-    /// Claims a lane of an owner that did not die; returns the new epoch.
-    async fn claim(&self, consumer: i32, lane: i16, seen: i32) -> i32 {
+    /// Claims a lane whose last owner did not die, as who saw this epoch; returns the new one, or `None` if the lane has changed since.
+    async fn try_claim(&self, consumer: i32, lane: i16, seen: i32) -> Option<i32> {
         sqlx::query_scalar(
             "SELECT epoch FROM postbox.claim($1, $2, ARRAY[$3], ARRAY[$4::integer], ARRAY[false])",
         )
@@ -70,9 +70,15 @@ impl Stage {
         .bind(self.subscription)
         .bind(lane)
         .bind(seen)
-        .fetch_one(self.bench.db.pool())
+        .fetch_optional(self.bench.db.pool())
         .await
         .unwrap()
+    }
+
+    async fn claim(&self, consumer: i32, lane: i16, seen: i32) -> i32 {
+        self.try_claim(consumer, lane, seen)
+            .await
+            .expect("the epoch is the lane's")
     }
 
     /// Checkpoints lane 0; says whether it was accepted.
@@ -175,6 +181,18 @@ async fn noting(_step: Step, delivery: Delivery, State(offsets): State<Offsets>)
 /// A message for each key, so that they do not wait for one another.
 fn one_a_key(count: i64) -> Vec<Step> {
     (0..count).map(|key| step(key, 0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_that_saw_a_lane_free_the_first_to_claim_has_it() {
+    let stage = Stage::new(1).await;
+    let (first, _session) = stage.instance().await;
+    let (second, _other_session) = stage.instance().await;
+    let seen = stage.stand(0).await.epoch;
+    let epoch = stage.claim(first, 0, seen).await;
+    assert_eq!(stage.try_claim(second, 0, seen).await, None);
+    let stand = stage.stand(0).await;
+    assert_eq!((stand.consumer_id, stand.epoch), (Some(first), epoch));
 }
 
 #[tokio::test(flavor = "multi_thread")]
