@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use postbox_consumer::link::{self, in_time};
 use sqlx::PgPool;
-use sqlx::postgres::{PgListener, PgPoolOptions};
+use sqlx::postgres::PgListener;
 
 /// Without work for so long, a dispatcher that polls goes to sleep.
 const BUSY_FOR: Duration = Duration::from_millis(60);
@@ -85,17 +86,7 @@ impl Sequencer {
         let options = (*pool.connect_options())
             .clone()
             .application_name("postbox dispatcher");
-        let own = PgPoolOptions::new()
-            .max_connections(1)
-            .max_lifetime(None)
-            .idle_timeout(None)
-            .acquire_timeout(STATEMENT_TIMEOUT)
-            .connect_with(options)
-            .await?;
-        let mut listener = PgListener::connect_with(&own).await?;
-        listener.ignore_pool_close_event(true);
-        listener.eager_reconnect(false);
-        listener.listen("postbox_outbox").await?;
+        let (mut listener, own) = link::open(options, "postbox_outbox", STATEMENT_TIMEOUT).await?;
         sqlx::raw_sql(SETTINGS).execute(&mut listener).await?;
         Ok(Self {
             listener,
@@ -222,17 +213,4 @@ fn closed() -> sqlx::Error {
         std::io::ErrorKind::UnexpectedEof,
         "the server closed the connection",
     ))
-}
-
-async fn in_time<T>(
-    limit: Duration,
-    statement: impl Future<Output = Result<T, sqlx::Error>>,
-) -> Result<T, sqlx::Error> {
-    match tokio::time::timeout(limit, statement).await {
-        Ok(result) => result,
-        Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
-            std::io::ErrorKind::TimedOut,
-            format!("the server did not answer within {limit:?}"),
-        ))),
-    }
 }

@@ -91,7 +91,7 @@ async fn conditional_above() {}
 #[cfg(any())]
 async fn conditional_below() {}
 
-fn main() {
+pub fn main() {
     #[handler(group = "local", retry(backoff = "linear(1s, 1m)"))]
     async fn local(_order: OrderPlaced) {}
 
