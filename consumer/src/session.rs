@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use sqlx::PgPool;
-use sqlx::postgres::{PgListener, PgPoolOptions};
+use sqlx::postgres::PgListener;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ use tracing::{debug, info, warn};
 use crate::error::Error;
 use crate::executor::{Claim, Command, Event, Executor, Membership};
 use crate::lane::{LaneRow, OwnedLane, plan};
+use crate::link;
 use crate::process::Process;
 use crate::progress::{Lease, Progress, Snapshot};
 use crate::record::Columns;
@@ -131,17 +132,12 @@ struct LaneOf {
 impl Session {
     /// Connects, registers subscriptions and instance, and starts the executors, which own nothing yet.
     pub(crate) async fn open(process: &mut Process) -> Result<Self, Error> {
-        let pool = PgPoolOptions::new()
-            .max_connections(1)
-            .max_lifetime(None)
-            .idle_timeout(None)
-            .acquire_timeout(Duration::from_secs(10))
-            .connect_with((*process.pool.connect_options()).clone())
-            .await?;
-        let mut listener = PgListener::connect_with(&pool).await?;
-        listener.ignore_pool_close_event(true);
-        listener.eager_reconnect(false);
-        listener.listen("postbox_segment").await?;
+        let (mut listener, pool) = link::open(
+            (*process.pool.connect_options()).clone(),
+            "postbox_segment",
+            Duration::from_secs(10),
+        )
+        .await?;
 
         let mut registered = Vec::new();
         for (n, subscription) in process.subscriptions.iter().enumerate() {
@@ -642,10 +638,5 @@ impl From<sqlx::Error> for Lost {
 }
 
 async fn in_time<T>(statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Lost> {
-    match tokio::time::timeout(STATEMENT_TIMEOUT, statement).await {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(Lost(format!(
-            "the server did not answer within {STATEMENT_TIMEOUT:?}"
-        ))),
-    }
+    Ok(link::in_time(STATEMENT_TIMEOUT, statement).await?)
 }

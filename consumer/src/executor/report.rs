@@ -89,11 +89,16 @@ impl Executor {
 
     /// Reports up to this number are in the database.
     pub(super) fn recorded(&mut self, number: u64) {
-        while self.recording.front().is_some_and(|(of, _)| *of <= number) {
-            let Some((_, all)) = self.recording.pop_front() else {
+        while self
+            .recording
+            .front()
+            .is_some_and(|report| report.number <= number)
+        {
+            let Some(report) = self.recording.pop_front() else {
                 return;
             };
-            for afterwards in all {
+            self.unrecorded -= report.messages;
+            for afterwards in report.afterwards {
                 self.carry_on(afterwards);
             }
         }
