@@ -37,6 +37,7 @@ const HEADS_EVERY: u32 = 2;
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(20);
 /// A statement of the session that takes longer means that the connection is dead.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(4);
+const LEAST_PATIENCE: Duration = Duration::from_millis(100);
 
 pub(crate) struct Session {
     id: i32,
@@ -315,7 +316,7 @@ impl Session {
             .bind(self.id)
             .bind(report(process))
             .execute(&mut self.listener);
-        if in_time(query).await?.rows_affected() == 0 {
+        if in_time(&self.lease, query).await?.rows_affected() == 0 {
             return Err(Lost("this instance's registration is gone".to_owned()));
         }
         self.heartbeat_at = sent;
@@ -335,7 +336,7 @@ impl Session {
             .bind(ids)
             .bind(topics)
             .fetch_one(&mut self.listener);
-        let sqlx::types::Json(look): sqlx::types::Json<Look> = in_time(query).await?;
+        let sqlx::types::Json(look): sqlx::types::Json<Look> = in_time(&self.lease, query).await?;
         for (topic, head) in &look.heads {
             if let Some(log) = process.logs.get(topic.as_str()) {
                 log.set_head(*head);
@@ -349,7 +350,11 @@ impl Session {
             self.arrange(n, &look, &dead).await?;
         }
         for service in self.services.iter().filter(|s| look.decided.contains(&s.id)) {
-            let held = in_time(redelivery::of_operators(&mut self.listener, service.id)).await?;
+            let held = in_time(
+                &self.lease,
+                redelivery::of_operators(&mut self.listener, service.id),
+            )
+            .await?;
             service.command(Command::Decided(held));
         }
         Ok(again)
@@ -450,7 +455,7 @@ impl Session {
         .bind(epochs)
         .bind(died)
         .fetch_all(&mut self.listener);
-        let claimed: Vec<ClaimedRow> = in_time(query).await?;
+        let claimed: Vec<ClaimedRow> = in_time(&self.lease, query).await?;
         if claimed.is_empty() {
             return Ok(());
         }
@@ -476,8 +481,16 @@ impl Session {
             })
             .collect();
         // Only the owner writes them, so they are as they will be when the executor gets them.
-        let held = in_time(redelivery::of_lanes(&mut self.listener, service.id, &numbers)).await?;
-        let parked = in_time(redelivery::parked_keys(&mut self.listener, service.id, &numbers)).await?;
+        let held = in_time(
+            &self.lease,
+            redelivery::of_lanes(&mut self.listener, service.id, &numbers),
+        )
+        .await?;
+        let parked = in_time(
+            &self.lease,
+            redelivery::parked_keys(&mut self.listener, service.id, &numbers),
+        )
+        .await?;
         service.command(Command::Claimed(Claim { lanes, held, parked }));
         Ok(())
     }
@@ -503,7 +516,11 @@ impl Session {
         if columns.is_empty() {
             return Ok(true);
         }
-        let complete = in_time(columns.write(&mut self.listener, self.id, &self.name)).await?;
+        let complete = in_time(
+            &self.lease,
+            columns.write(&mut self.listener, self.id, &self.name),
+        )
+        .await?;
         for (n, number) in written {
             self.services[n].command(Command::Recorded(number));
         }
@@ -531,7 +548,7 @@ impl Session {
             .bind(columns.positions)
             .bind(columns.pending)
             .execute(&mut self.listener);
-        in_time(query).await?;
+        in_time(&self.lease, query).await?;
         Ok(())
     }
 
@@ -570,7 +587,7 @@ impl Session {
         let query = sqlx::query("DELETE FROM postbox.consumer WHERE id = $1")
             .bind(self.id)
             .execute(&mut self.listener);
-        in_time(query).await?;
+        in_time(&self.lease, query).await?;
         Ok(())
     }
 }
@@ -637,6 +654,11 @@ impl From<sqlx::Error> for Lost {
     }
 }
 
-async fn in_time<T>(statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Lost> {
-    Ok(link::in_time(STATEMENT_TIMEOUT, statement).await?)
+/// Not beyond the end of the own lease, so that handlers are cancelled before others take over.
+async fn in_time<T>(
+    lease: &Lease,
+    statement: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, Lost> {
+    let limit = lease.left().clamp(LEAST_PATIENCE, STATEMENT_TIMEOUT);
+    Ok(link::in_time(limit, statement).await?)
 }
