@@ -1,5 +1,6 @@
-//! The `postbox` command: creates the schema, dispatches, looks, publishes and consumes.
+//! The `postbox` command: creates the schema, dispatches, looks, publishes, consumes and measures.
 
+mod bench;
 mod consume;
 mod database;
 mod migrate;
@@ -39,6 +40,7 @@ enum Command {
     Status(status::Args),
     Publish(publish::Args),
     Consume(consume::Args),
+    Bench(Box<bench::Args>),
 }
 
 #[tokio::main]
@@ -54,6 +56,7 @@ async fn main() -> ExitCode {
         Command::Status(args) => status::run(&database, args).await,
         Command::Publish(args) => publish::run(&database, args).await,
         Command::Consume(args) => consume::run(&database, args).await,
+        Command::Bench(args) => bench::run(&database, *args).await,
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
