@@ -11,6 +11,7 @@ COMMENT ON SCHEMA postbox IS
 --   1347571762, subscription * 1024 + lane: the fence of a lane
 --   1347571763, consumer id: held by a consumer's session for as long as it lives
 --   1347571764, hash of topic and key: ordered publishing
+--   1347571766, 1: postbox bench
 
 ---------------------------------------------------------------------------------------------------------------- time and ids
 

@@ -14,9 +14,7 @@ pub(crate) struct Args {
 
 impl Default for Args {
     fn default() -> Self {
-        Self {
-            messages: 1_000_000,
-        }
+        Self { messages: 1_000_000 }
     }
 }
 
@@ -53,7 +51,10 @@ pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<
     Ok(vec![
         Report::verified("backlog")
             .with("messages", args.messages)
-            .figure("publish_ratio", publish_after.per_second() / publish_before.per_second())
+            .figure(
+                "publish_ratio",
+                publish_after.per_second() / publish_before.per_second(),
+            )
             .figure("drain_ratio", many_rate / few_rate)
             .figure("drained_per_s", many_rate)
             .figure_if("dispatcher_peak_rss_mb", dispatcher_peak)
@@ -66,7 +67,13 @@ async fn pile_up(ground: &Ground, topic: &str, messages: u64) -> anyhow::Result<
     let batch = Batch::Messages {
         topic: topic.to_owned(),
     };
-    load::times(&ground.pool, CLIENTS, messages.div_ceil(BATCH), &Work::Batch(batch)).await
+    load::times(
+        &ground.pool,
+        CLIENTS,
+        messages.div_ceil(BATCH),
+        &Work::Batch(batch),
+    )
+    .await
 }
 
 /// The rate from the first to the last, and the most memory that the consumer had.

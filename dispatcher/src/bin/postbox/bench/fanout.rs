@@ -87,7 +87,10 @@ async fn in_processes(ground: &Ground, args: &Args, groups: &[String]) -> anyhow
         process.stop().await?;
     }
     let expected = args.messages * groups.len() as u64;
-    ensure!(deliveries == expected, "{deliveries} of {expected} deliveries came");
+    ensure!(
+        deliveries == expected,
+        "{deliveries} of {expected} deliveries came"
+    );
     Ok(deliveries as f64 / (last - first))
 }
 

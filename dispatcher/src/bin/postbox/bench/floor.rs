@@ -135,10 +135,7 @@ async fn take_and_delete(mut connection: PgConnection, read: Arc<AtomicU64>) -> 
     loop {
         let mut tx = connection.begin().await?;
         let rows = sqlx::query(TAKE).fetch_all(&mut *tx).await?;
-        let numbers: Vec<i64> = rows
-            .iter()
-            .map(|row| row.try_get(0))
-            .collect::<Result<_, _>>()?;
+        let numbers: Vec<i64> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
         if !numbers.is_empty() {
             sqlx::query(DELETE).bind(&numbers).execute(&mut *tx).await?;
         }
@@ -160,10 +157,7 @@ pub(crate) async fn notify_round_trip(ground: &Ground, times: usize) -> anyhow::
         tokio::time::sleep(Duration::from_millis(7)).await;
         let sent = Instant::now();
         let notify = sqlx::query("SELECT pg_notify('postbox_bench', '')").execute(&mut connection);
-        let (heard, notified) = tokio::join!(
-            async { listener.recv().await.map(|_| sent.elapsed()) },
-            notify
-        );
+        let (heard, notified) = tokio::join!(async { listener.recv().await.map(|_| sent.elapsed()) }, notify);
         notified?;
         took.push(heard?.as_secs_f64() * 1000.0);
     }

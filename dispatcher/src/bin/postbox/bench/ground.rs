@@ -73,7 +73,10 @@ impl Ground {
         let options = (*pool.connect_options()).clone();
         let mut own = options.connect().await?;
         let alone: bool = sqlx::query_scalar(ONLY_ONE).fetch_one(&mut own).await?;
-        ensure!(alone, "another `postbox bench` runs in this database: wait until it has ended");
+        ensure!(
+            alone,
+            "another `postbox bench` runs in this database: wait until it has ended"
+        );
         forget(&mut own).await?;
         sqlx::raw_sql(CREATE)
             .execute(&mut own)
@@ -176,7 +179,11 @@ impl Ground {
     async fn until(&self, what: &str, holds: impl AsyncFn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
         let begun = tokio::time::Instant::now();
         while !holds().await? {
-            ensure!(begun.elapsed() < PATIENCE, "{} s passed before {what}", PATIENCE.as_secs());
+            ensure!(
+                begun.elapsed() < PATIENCE,
+                "{} s passed before {what}",
+                PATIENCE.as_secs()
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(())

@@ -15,9 +15,7 @@ pub(crate) async fn measure(ground: &mut Ground) -> anyhow::Result<Vec<Report>> 
     let span = ground.settings.span(60);
     ground.progress.begin("held-xmin", 1);
     let mut other = ground.connect().await?;
-    let mut held = other
-        .begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ")
-        .await?;
+    let mut held = other.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ").await?;
     // With a snapshot and a number of its own, so that it holds both the horizon and xmin.
     sqlx::query("SELECT pg_current_xact_id()::text, count(*) FROM postbox.subscription")
         .execute(&mut *held)

@@ -41,7 +41,9 @@ pub(crate) async fn measure(ground: &mut Ground) -> anyhow::Result<Vec<Report>> 
     let (cpu, statements, begun) = (used(), transactions().await?, Instant::now());
     tokio::time::sleep(span).await;
     let seconds = begun.elapsed().as_secs_f64();
-    let cpu = cpu.zip(used()).map(|(before, after)| (after - before) / seconds * 100.0);
+    let cpu = cpu
+        .zip(used())
+        .map(|(before, after)| (after - before) / seconds * 100.0);
     // But for the one that asks.
     let statements = (transactions().await? - statements - 1).max(0) as f64 / seconds;
     let rss = consumer.rss_mb();

@@ -37,10 +37,7 @@ impl Process {
             .spawn()
             .context("cannot start a dispatcher")?;
         ground.dispatchers(before + 1).await?;
-        Ok(Self {
-            child,
-            output: None,
-        })
+        Ok(Self { child, output: None })
     }
 
     /// `postbox bench worker`; it ends by itself after each of its groups has handled so many messages (0: never).

@@ -74,7 +74,10 @@ impl Sink {
         }
         for counter in &self.counters {
             let handled = counter.load(Ordering::Relaxed);
-            ensure!(handled == messages, "a group handled {handled} messages of {messages}");
+            ensure!(
+                handled == messages,
+                "a group handled {handled} messages of {messages}"
+            );
         }
         Ok((first.unwrap_or(last.1), last.1))
     }
