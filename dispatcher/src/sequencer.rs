@@ -136,15 +136,13 @@ impl Sequencer {
         let mut rings = 0;
         let mut since = Instant::now();
         loop {
-            if self.ring(SLEEPING_POLL).await? {
-                rings += 1;
-                if rings >= RUSH.0 {
-                    if since.elapsed() < RUSH.1 {
-                        break;
-                    }
-                    rings = 0;
-                    since = Instant::now();
+            rings += self.ring(SLEEPING_POLL).await?;
+            if rings >= RUSH.0 {
+                if since.elapsed() < RUSH.1 {
+                    break;
                 }
+                rings = 0;
+                since = Instant::now();
             }
             self.step().await?;
         }
@@ -158,24 +156,26 @@ impl Sequencer {
 
     /// Another dispatcher is at the bell: steps in when it does not answer, and tries to take its place.
     async fn stand_by(&mut self) -> Result<(), sqlx::Error> {
-        if self.ring(SLEEPING_POLL).await? {
+        if self.ring(SLEEPING_POLL).await? > 0 {
             tokio::time::sleep(STANDBY_WAIT).await;
         }
         self.step().await?;
         Ok(())
     }
 
-    /// Waits for a publisher's notification; `false` after `at_most`.
-    async fn ring(&mut self, at_most: Duration) -> Result<bool, sqlx::Error> {
-        let rang = match tokio::time::timeout(at_most, self.listener.try_recv()).await {
-            Ok(Ok(Some(_))) => true,
+    /// Waits for a publisher's notification; how many there are by then, none after `at_most`.
+    async fn ring(&mut self, at_most: Duration) -> Result<u32, sqlx::Error> {
+        let mut rings = match tokio::time::timeout(at_most, self.listener.try_recv()).await {
+            Ok(Ok(Some(_))) => 1,
             Ok(Ok(None)) => return Err(closed()),
             Ok(Err(error)) => return Err(error),
-            Err(_) => false,
+            Err(_) => 0,
         };
-        // One step answers all that have rung so far.
-        while self.listener.next_buffered().is_some() {}
-        Ok(rang)
+        // One step answers all that have rung so far. Each counts: where steps are slow a rush is many rings at once.
+        while self.listener.next_buffered().is_some() {
+            rings += 1;
+        }
+        Ok(rings)
     }
 
     async fn take_bell(&mut self) -> Result<Bell, sqlx::Error> {
