@@ -10,13 +10,14 @@ use tracing::{info, warn};
 
 use crate::expiry;
 use crate::sequencer::{Counters, Sequencer};
+use crate::timers::{self, Timers};
 
 const RECONNECT_FIRST: Duration = Duration::from_millis(50);
 const RECONNECT_LAST: Duration = Duration::from_secs(5);
 
-/// Sequences messages and wakes their consumers.
+/// Sequences messages and wakes their consumers, promotes scheduled messages when they are due, and fires cron schedules.
 ///
-/// It keeps one connection of its own, which must be direct (not through a transaction pooler), and now and then borrows one of `pool`. If the
+/// It keeps two connections of its own, which must be direct (not through a transaction pooler), and now and then borrows one of `pool`. If the
 /// database goes away it connects again by itself, with growing and jittered waits, and then looks at everything.
 #[must_use = "it does nothing until it is run"]
 #[derive(Debug)]
@@ -47,12 +48,16 @@ impl Dispatcher {
         postbox::check_schema(&self.pool).await?;
         let counters = Arc::new(Counters::default());
         let sequencer = Sequencer::connect(&self.pool, self.tick, counters.clone()).await?;
+        let timing = Arc::new(timers::Counters::default());
+        let timers = Timers::connect(&self.pool, self.tick, timing.clone()).await?;
         let token = CancellationToken::new();
-        let task = tokio::spawn(self.serve(sequencer, counters.clone(), token.clone()));
+        let serve = self.serve(sequencer, timers, counters.clone(), timing.clone(), token.clone());
+        let task = tokio::spawn(serve);
         Ok(DispatcherHandle {
             token,
             task,
             counters,
+            timing,
         })
     }
 
@@ -64,7 +69,14 @@ impl Dispatcher {
         Ok(())
     }
 
-    async fn serve(self, first: Sequencer, counters: Arc<Counters>, token: CancellationToken) {
+    async fn serve(
+        self,
+        first: Sequencer,
+        first_timers: Timers,
+        counters: Arc<Counters>,
+        timing: Arc<timers::Counters>,
+        token: CancellationToken,
+    ) {
         let expiry = expiry::run(self.pool.clone());
         let sequencing = async {
             let mut sequencer = first;
@@ -72,27 +84,38 @@ impl Dispatcher {
             loop {
                 let error = sequencer.run().await;
                 warn!(%error, "lost the connection; connecting again");
-                sequencer = self.reconnect(&counters).await;
+                let connect = || Sequencer::connect(&self.pool, self.tick, counters.clone());
+                sequencer = reconnect(connect).await;
                 info!("connected again");
+            }
+        };
+        // On a connection of their own, so that a burst that becomes due does not hold up what is published now.
+        let timers = async {
+            let mut timers = first_timers;
+            loop {
+                let error = timers.run().await;
+                warn!(%error, "the timers lost their connection; connecting again");
+                timers = reconnect(|| Timers::connect(&self.pool, self.tick, timing.clone())).await;
             }
         };
         tokio::select! {
             () = token.cancelled() => {}
             () = expiry => {}
             () = sequencing => {}
+            () = timers => {}
         }
     }
+}
 
-    async fn reconnect(&self, counters: &Arc<Counters>) -> Sequencer {
-        let mut wait = RECONNECT_FIRST;
-        loop {
-            tokio::time::sleep(jittered(wait)).await;
-            match Sequencer::connect(&self.pool, self.tick, counters.clone()).await {
-                Ok(sequencer) => return sequencer,
-                Err(error) => warn!(%error, "cannot connect; trying again"),
-            }
-            wait = (wait * 2).min(RECONNECT_LAST);
+async fn reconnect<T>(connect: impl AsyncFn() -> Result<T, sqlx::Error>) -> T {
+    let mut wait = RECONNECT_FIRST;
+    loop {
+        tokio::time::sleep(jittered(wait)).await;
+        match connect().await {
+            Ok(connected) => return connected,
+            Err(error) => warn!(%error, "cannot connect; trying again"),
         }
+        wait = (wait * 2).min(RECONNECT_LAST);
     }
 }
 
@@ -102,6 +125,7 @@ pub struct DispatcherHandle {
     token: CancellationToken,
     task: JoinHandle<()>,
     counters: Arc<Counters>,
+    timing: Arc<timers::Counters>,
 }
 
 impl DispatcherHandle {
@@ -115,6 +139,11 @@ impl DispatcherHandle {
     /// How many steps found messages, and how many messages those were.
     pub fn sequenced(&self) -> (u64, u64) {
         self.counters.read()
+    }
+
+    /// How many scheduled messages it promoted when they were due, and how many due times of cron schedules it fired.
+    pub fn timed(&self) -> (u64, u64) {
+        self.timing.read()
     }
 }
 

@@ -1,4 +1,4 @@
-//! The Postbox dispatcher: puts committed messages in order and wakes their consumers.
+//! The Postbox dispatcher: puts committed messages in order and wakes their consumers; publishes what was scheduled when it is due.
 //!
 //! Run it beside the services (`postbox run`), or inside one:
 //!
@@ -13,9 +13,12 @@
 //! Any number may run at once; none is the leader, and losing one loses nothing. Publishing needs none: while no dispatcher runs, messages wait in the
 //! outbox.
 
+mod cron;
 mod dispatcher;
 mod expiry;
+mod promotion;
 mod sequencer;
 pub mod status;
+mod timers;
 
 pub use dispatcher::{Dispatcher, DispatcherHandle};

@@ -82,20 +82,7 @@ impl Sequencer {
         tick: Duration,
         counters: Arc<Counters>,
     ) -> Result<Self, sqlx::Error> {
-        let options = (*pool.connect_options())
-            .clone()
-            .application_name("postbox dispatcher");
-        let own = PgPoolOptions::new()
-            .max_connections(1)
-            .max_lifetime(None)
-            .idle_timeout(None)
-            .acquire_timeout(STATEMENT_TIMEOUT)
-            .connect_with(options)
-            .await?;
-        let mut listener = PgListener::connect_with(&own).await?;
-        listener.ignore_pool_close_event(true);
-        listener.eager_reconnect(false);
-        listener.listen("postbox_outbox").await?;
+        let (mut listener, own) = connect(pool, "postbox dispatcher", &["postbox_outbox"]).await?;
         sqlx::raw_sql(SETTINGS).execute(&mut listener).await?;
         Ok(Self {
             listener,
@@ -217,14 +204,35 @@ impl Sequencer {
     }
 }
 
-fn closed() -> sqlx::Error {
+/// A connection of one's own that hears notifications, and the pool that holds it.
+pub(crate) async fn connect(
+    pool: &PgPool,
+    name: &str,
+    channels: &[&str],
+) -> Result<(PgListener, PgPool), sqlx::Error> {
+    let options = (*pool.connect_options()).clone().application_name(name);
+    let own = PgPoolOptions::new()
+        .max_connections(1)
+        .max_lifetime(None)
+        .idle_timeout(None)
+        .acquire_timeout(STATEMENT_TIMEOUT)
+        .connect_with(options)
+        .await?;
+    let mut listener = PgListener::connect_with(&own).await?;
+    listener.ignore_pool_close_event(true);
+    listener.eager_reconnect(false);
+    listener.listen_all(channels.iter().copied()).await?;
+    Ok((listener, own))
+}
+
+pub(crate) fn closed() -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(
         std::io::ErrorKind::UnexpectedEof,
         "the server closed the connection",
     ))
 }
 
-async fn in_time<T>(
+pub(crate) async fn in_time<T>(
     limit: Duration,
     statement: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> Result<T, sqlx::Error> {
