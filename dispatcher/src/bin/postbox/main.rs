@@ -1,11 +1,13 @@
-//! The `postbox` command: creates the schema, dispatches, looks, publishes and consumes.
+//! The `postbox` command: creates the schema, dispatches, looks, publishes, schedules and consumes.
 
 mod consume;
+mod cron;
 mod database;
 mod migrate;
 mod output;
 mod publish;
 mod run;
+mod scheduled;
 mod shutdown;
 mod span;
 mod status;
@@ -39,6 +41,8 @@ enum Command {
     Status(status::Args),
     Publish(publish::Args),
     Consume(consume::Args),
+    Scheduled(scheduled::Args),
+    Cron(cron::Args),
 }
 
 #[tokio::main]
@@ -54,6 +58,8 @@ async fn main() -> ExitCode {
         Command::Status(args) => status::run(&database, args).await,
         Command::Publish(args) => publish::run(&database, args).await,
         Command::Consume(args) => consume::run(&database, args).await,
+        Command::Scheduled(args) => scheduled::run(&database, args).await,
+        Command::Cron(args) => cron::run(&database, args).await,
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
