@@ -77,15 +77,15 @@ impl Dispatcher {
         timing: Arc<timers::Counters>,
         token: CancellationToken,
     ) {
-        let expiry = expiry::run(self.pool.clone());
+        let (pool, tick) = (&self.pool, self.tick);
+        let expiry = expiry::run(pool.clone());
         let sequencing = async {
             let mut sequencer = first;
             info!("dispatching");
             loop {
                 let error = sequencer.run().await;
                 warn!(%error, "lost the connection; connecting again");
-                let connect = || Sequencer::connect(&self.pool, self.tick, counters.clone());
-                sequencer = reconnect(connect).await;
+                sequencer = reconnect(|| Sequencer::connect(pool, tick, counters.clone())).await;
                 info!("connected again");
             }
         };
@@ -95,7 +95,7 @@ impl Dispatcher {
             loop {
                 let error = timers.run().await;
                 warn!(%error, "the timers lost their connection; connecting again");
-                timers = reconnect(|| Timers::connect(&self.pool, self.tick, timing.clone())).await;
+                timers = reconnect(|| Timers::connect(pool, tick, timing.clone())).await;
             }
         };
         tokio::select! {
@@ -107,7 +107,10 @@ impl Dispatcher {
     }
 }
 
-async fn reconnect<T>(connect: impl AsyncFn() -> Result<T, sqlx::Error>) -> T {
+async fn reconnect<T, F>(connect: impl Fn() -> F) -> T
+where
+    F: Future<Output = Result<T, sqlx::Error>>,
+{
     let mut wait = RECONNECT_FIRST;
     loop {
         tokio::time::sleep(jittered(wait)).await;
