@@ -39,9 +39,7 @@ impl CronDefinition {
 }
 
 /// The schedules of these handlers, each with its handler's name; a wrong one is an error before anything is registered.
-pub(crate) fn read_all(
-    definitions: &[HandlerDefinition],
-) -> Result<Vec<(&'static str, Cron)>, Error> {
+pub(crate) fn read_all(definitions: &[HandlerDefinition]) -> Result<Vec<(&'static str, Cron)>, Error> {
     definitions
         .iter()
         .filter_map(|definition| Some((definition.name, definition.cron.as_ref()?)))

@@ -156,7 +156,11 @@ impl Timers {
 
     /// How long nothing is due; after a promotion no less than a tick, so that many that are due one after another are moved together.
     fn pause(&self, look: &Look) -> Duration {
-        let least = if look.promoted > 0 { self.tick } else { Duration::ZERO };
+        let least = if look.promoted > 0 {
+            self.tick
+        } else {
+            Duration::ZERO
+        };
         let due_in = look.due_in.unwrap_or(SLEEPING_POLL);
         let cron_in = self.cron_at.saturating_duration_since(Instant::now());
         due_in.min(cron_in).max(least).min(SLEEPING_POLL)

@@ -35,7 +35,9 @@ struct Options {
 impl Options {
     fn read(input: ParseStream<'_>) -> syn::Result<Self> {
         let mend = "give the schedule first: #[cron(\"0 6 * * mon-fri\", tz = \"Europe/Berlin\")]";
-        let schedule: LitStr = input.parse().map_err(|error| syn::Error::new(error.span(), mend))?;
+        let schedule: LitStr = input
+            .parse()
+            .map_err(|error| syn::Error::new(error.span(), mend))?;
         if !input.is_empty() {
             input.parse::<Token![,]>()?;
         }
@@ -117,7 +119,13 @@ mod tests {
         let expected = quote!(.cron(
             ::core::concat!(::core::env!("CARGO_PKG_NAME"), "/", "report"), "@daily", "UTC"));
         assert!(named.contains(&expected.to_string()), "{named}");
-        let named = expansion(quote!("@daily", tz = "Europe/Berlin", name = "r", group = "g", missed = "all"));
+        let named = expansion(quote!(
+            "@daily",
+            tz = "Europe/Berlin",
+            name = "r",
+            group = "g",
+            missed = "all"
+        ));
         let expected = quote!(.cron("r", "@daily", "Europe/Berlin").group("g")
             .missed(::postbox_consumer::Missed::All));
         assert!(named.contains(&expected.to_string()), "{named}");

@@ -156,12 +156,7 @@ impl Schedule {
     }
 
     /// Which of the due times from `first` to `now` fire, by the policy; `first` is a due time.
-    pub fn firings(
-        &self,
-        first: DateTime<Utc>,
-        now: DateTime<Utc>,
-        missed: Missed,
-    ) -> Vec<DateTime<Utc>> {
+    pub fn firings(&self, first: DateTime<Utc>, now: DateTime<Utc>, missed: Missed) -> Vec<DateTime<Utc>> {
         let mut due = self.latest(first, now, MAX_MISSED);
         let recent = due.partition_point(|at| *at < now - GRACE);
         match missed {
@@ -177,12 +172,19 @@ impl Schedule {
     /// after a year than after an hour.
     fn latest(&self, first: DateTime<Utc>, now: DateTime<Utc>, most: usize) -> Vec<DateTime<Utc>> {
         let spans = [1, 60, 24 * 60, 32 * 24 * 60, 367 * 24 * 60].map(TimeDelta::minutes);
-        let starts = spans.map(|span| now - span).into_iter().filter(|start| *start > first);
+        let starts = spans
+            .map(|span| now - span)
+            .into_iter()
+            .filter(|start| *start > first);
         for start in starts.chain([first]) {
             // `first` itself: it may be the instant after a gap, which the expression does not name.
             let begin = (start == first && first <= now).then_some(first);
             let mut due = VecDeque::new();
-            for at in begin.into_iter().chain(self.upcoming(start)).take_while(|at| *at <= now) {
+            for at in begin
+                .into_iter()
+                .chain(self.upcoming(start))
+                .take_while(|at| *at <= now)
+            {
                 if due.len() == most {
                     due.pop_front();
                 }
@@ -213,7 +215,13 @@ const FIELDS: [(&str, &str); 6] = [
 ];
 
 const MACROS: [&str; 7] = [
-    "@hourly", "@daily", "@midnight", "@weekly", "@monthly", "@yearly", "@annually",
+    "@hourly",
+    "@daily",
+    "@midnight",
+    "@weekly",
+    "@monthly",
+    "@yearly",
+    "@annually",
 ];
 
 /// The expression, or where it is wrong: each part of each field is tried by itself.
@@ -229,7 +237,10 @@ fn read(expression: &str) -> Result<croner::Cron, CronError> {
         .build();
     let fields = split(expression, 0, char::is_whitespace);
     let Some((first, _)) = fields.first() else {
-        return Err(wrong(1, "it is empty: it has five fields, or six with seconds".to_owned()));
+        return Err(wrong(
+            1,
+            "it is empty: it has five fields, or six with seconds".to_owned(),
+        ));
     };
     let at_first = 1 + first;
     if let [(_, name)] = fields[..]
@@ -238,13 +249,20 @@ fn read(expression: &str) -> Result<croner::Cron, CronError> {
         let name = name.to_ascii_lowercase();
         if !MACROS.contains(&name.as_str()) {
             let known = MACROS.join(", ");
-            return Err(wrong(at_first, format!("{name:?} is no macro; known are: {known}")));
+            return Err(wrong(
+                at_first,
+                format!("{name:?} is no macro; known are: {known}"),
+            ));
         }
         let name = if name == "@midnight" { "@daily" } else { &name };
-        return parser.parse(name).map_err(|error| wrong(at_first, error.to_string()));
+        return parser
+            .parse(name)
+            .map_err(|error| wrong(at_first, error.to_string()));
     }
     if !(5..=6).contains(&fields.len()) {
-        let at = fields.get(6).map_or(expression.chars().count() + 1, |(at, _)| at + 1);
+        let at = fields
+            .get(6)
+            .map_or(expression.chars().count() + 1, |(at, _)| at + 1);
         let found = fields.len();
         let reason = format!(
             "it has {found} field{}: minute, hour, day of the month, month, day of the week; or six, with the second first",
@@ -520,7 +538,6 @@ pub async fn remove(connection: &mut PgConnection, name: &str) -> Result<bool> {
     Ok(removed.rows_affected() > 0)
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -565,9 +582,16 @@ mod tests {
             ("ü * * * *", 1, "\"ü\" is no minute"),
         ] {
             match Schedule::parse(expression, "UTC") {
-                Err(CronError::Expression { column: found, reason, .. }) => {
+                Err(CronError::Expression {
+                    column: found,
+                    reason,
+                    ..
+                }) => {
                     assert_eq!(found, column, "column of {expression:?}: {reason}");
-                    assert!(reason.starts_with(says) || reason.contains(says), "{expression:?}: {reason}");
+                    assert!(
+                        reason.starts_with(says) || reason.contains(says),
+                        "{expression:?}: {reason}"
+                    );
                 }
                 other => panic!("{expression:?} gave {other:?}"),
             }
@@ -611,8 +635,18 @@ mod tests {
             ["03-29 03:00 +0200", "03-30 02:30 +0200"]
         );
         assert_eq!(
-            due("*/30 * * * *", "Europe/Berlin", "2026-03-29T00:00:00Z", "2026-03-29T02:00:00Z"),
-            ["03-29 01:30 +0100", "03-29 03:00 +0200", "03-29 03:30 +0200", "03-29 04:00 +0200"]
+            due(
+                "*/30 * * * *",
+                "Europe/Berlin",
+                "2026-03-29T00:00:00Z",
+                "2026-03-29T02:00:00Z"
+            ),
+            [
+                "03-29 01:30 +0100",
+                "03-29 03:00 +0200",
+                "03-29 03:30 +0200",
+                "03-29 04:00 +0200"
+            ]
         );
         // 02:00 → 03:00.
         let day = ("2026-03-07T12:00:00Z", "2026-03-09T12:00:00Z");
@@ -621,8 +655,18 @@ mod tests {
             ["03-08 03:00 -0400", "03-09 02:15 -0400"]
         );
         assert_eq!(
-            due("*/30 * * * *", "America/New_York", "2026-03-08T06:00:00Z", "2026-03-08T08:00:00Z"),
-            ["03-08 01:30 -0500", "03-08 03:00 -0400", "03-08 03:30 -0400", "03-08 04:00 -0400"]
+            due(
+                "*/30 * * * *",
+                "America/New_York",
+                "2026-03-08T06:00:00Z",
+                "2026-03-08T08:00:00Z"
+            ),
+            [
+                "03-08 01:30 -0500",
+                "03-08 03:00 -0400",
+                "03-08 03:30 -0400",
+                "03-08 04:00 -0400"
+            ]
         );
         // 02:00 → 02:30.
         let day = ("2026-10-03T00:00:00Z", "2026-10-04T20:00:00Z");
@@ -631,8 +675,18 @@ mod tests {
             ["10-04 02:30 +1100", "10-05 02:15 +1100"]
         );
         assert_eq!(
-            due("*/15 * * * *", "Australia/Lord_Howe", "2026-10-03T15:00:00Z", "2026-10-03T16:00:00Z"),
-            ["10-04 01:45 +1030", "10-04 02:30 +1100", "10-04 02:45 +1100", "10-04 03:00 +1100"]
+            due(
+                "*/15 * * * *",
+                "Australia/Lord_Howe",
+                "2026-10-03T15:00:00Z",
+                "2026-10-03T16:00:00Z"
+            ),
+            [
+                "10-04 01:45 +1030",
+                "10-04 02:30 +1100",
+                "10-04 02:45 +1100",
+                "10-04 03:00 +1100"
+            ]
         );
     }
 
@@ -645,7 +699,12 @@ mod tests {
             ["10-25 02:30 +0200", "10-26 02:30 +0100"]
         );
         assert_eq!(
-            due("*/30 * * * *", "Europe/Berlin", "2026-10-24T23:30:00Z", "2026-10-25T02:00:00Z"),
+            due(
+                "*/30 * * * *",
+                "Europe/Berlin",
+                "2026-10-24T23:30:00Z",
+                "2026-10-25T02:00:00Z"
+            ),
             [
                 "10-25 02:00 +0200",
                 "10-25 02:30 +0200",
@@ -661,7 +720,12 @@ mod tests {
             ["11-01 01:15 -0400", "11-02 01:15 -0500"]
         );
         assert_eq!(
-            due("*/30 * * * *", "America/New_York", "2026-11-01T04:30:00Z", "2026-11-01T07:00:00Z"),
+            due(
+                "*/30 * * * *",
+                "America/New_York",
+                "2026-11-01T04:30:00Z",
+                "2026-11-01T07:00:00Z"
+            ),
             [
                 "11-01 01:00 -0400",
                 "11-01 01:30 -0400",
@@ -677,7 +741,12 @@ mod tests {
             ["04-05 01:45 +1100", "04-06 01:45 +1030"]
         );
         assert_eq!(
-            due("*/15 * * * *", "Australia/Lord_Howe", "2026-04-04T14:15:00Z", "2026-04-04T15:30:00Z"),
+            due(
+                "*/15 * * * *",
+                "Australia/Lord_Howe",
+                "2026-04-04T14:15:00Z",
+                "2026-04-04T15:30:00Z"
+            ),
             [
                 "04-05 01:30 +1100",
                 "04-05 01:45 +1100",
@@ -717,12 +786,18 @@ mod tests {
         assert_eq!(firings(Missed::Skip), [at("2026-05-01T12:00:00Z")]);
         assert_eq!(firings(Missed::Once), [at("2026-05-01T12:00:00Z")]);
         let all = firings(Missed::All);
-        assert_eq!((all.len(), all[0], all[60]), (61, first, at("2026-05-01T12:00:00Z")));
+        assert_eq!(
+            (all.len(), all[0], all[60]),
+            (61, first, at("2026-05-01T12:00:00Z"))
+        );
 
         let daily = schedule("@daily", "UTC");
         let first = at("2026-04-28T00:00:00Z");
         assert!(daily.firings(first, now, Missed::Skip).is_empty());
-        assert_eq!(daily.firings(first, now, Missed::Once), [at("2026-05-01T00:00:00Z")]);
+        assert_eq!(
+            daily.firings(first, now, Missed::Once),
+            [at("2026-05-01T00:00:00Z")]
+        );
         assert_eq!(daily.firings(first, now, Missed::All).len(), 4);
 
         // A little late is not missed.
@@ -734,7 +809,11 @@ mod tests {
         // Bounded, and quick after a year.
         let all = seconds.firings(at("2025-05-01T11:00:00Z"), now, Missed::All);
         assert_eq!((all.len(), all[999]), (MAX_MISSED, now));
-        assert!(seconds.firings(now + TimeDelta::seconds(1), now, Missed::All).is_empty());
+        assert!(
+            seconds
+                .firings(now + TimeDelta::seconds(1), now, Missed::All)
+                .is_empty()
+        );
     }
 
     #[test]

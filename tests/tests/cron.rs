@@ -7,7 +7,9 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Timelike, Utc};
 use postbox::Outgoing;
 use postbox::cron::{self, Cron, Missed, SCHEDULED_AT, Schedule};
-use postbox_consumer::{Consumer, Delivery, HandlerDefinition, HandlerError, ScheduledAt, State, Tx, handlers};
+use postbox_consumer::{
+    Consumer, Delivery, HandlerDefinition, HandlerError, ScheduledAt, State, Tx, handlers,
+};
 use postbox_dispatcher::{Dispatcher, DispatcherHandle};
 use postbox_testkit::{TestDatabase, eventually};
 use sqlx::PgPool;
@@ -61,17 +63,28 @@ async fn has_fired(pool: &PgPool, times: usize) -> Vec<(DateTime<Utc>, DateTime<
 #[tokio::test]
 async fn every_due_time_fires_once_and_not_early_with_several_dispatchers() {
     let db = TestDatabase::new().await.unwrap();
-    let dispatchers = [dispatcher(&db).await, dispatcher(&db).await, dispatcher(&db).await];
+    let dispatchers = [
+        dispatcher(&db).await,
+        dispatcher(&db).await,
+        dispatcher(&db).await,
+    ];
     let first = register(db.pool(), every("* * * * * *")).await;
     let fired = has_fired(db.pool(), 5).await;
     for dispatcher in dispatchers {
         dispatcher.shutdown().await;
     }
     for (n, (due, published)) in fired.iter().enumerate() {
-        assert_eq!(*due, first + TimeDelta::seconds(n as i64), "firing {n} of {fired:?}");
+        assert_eq!(
+            *due,
+            first + TimeDelta::seconds(n as i64),
+            "firing {n} of {fired:?}"
+        );
         assert!(published >= due, "{due} fired at {published}");
         // Generous: the machine may be busy.
-        assert!(*published - due < TimeDelta::seconds(2), "{due} fired at {published}");
+        assert!(
+            *published - due < TimeDelta::seconds(2),
+            "{due} fired at {published}"
+        );
     }
 }
 
@@ -81,21 +94,24 @@ async fn of_many_who_fire_one_due_time_one_does() {
     let next_at = register(db.pool(), every("* * * * * *")).await;
     db.advance(Duration::from_secs(2)).await.unwrap();
     let fire = || async {
-        let fired: bool =
-            sqlx::query_scalar("SELECT postbox.fire('c', '* * * * * *', 'UTC', $1, ARRAY[$1], $1 + interval '1 second')")
-                .bind(next_at)
-                .fetch_one(db.pool())
-                .await
-                .unwrap();
+        let fired: bool = sqlx::query_scalar(
+            "SELECT postbox.fire('c', '* * * * * *', 'UTC', $1, ARRAY[$1], $1 + interval '1 second')",
+        )
+        .bind(next_at)
+        .fetch_one(db.pool())
+        .await
+        .unwrap();
         usize::from(fired)
     };
     let fired = futures_util::future::join_all((0..10).map(|_| fire())).await;
     assert_eq!(fired.iter().sum::<usize>(), 1);
     assert_eq!(firings(db.pool()).await.len(), 1);
-    let early = sqlx::query("SELECT postbox.fire('c', '* * * * * *', 'UTC', $1, ARRAY[now() + interval '1 hour'], NULL)")
-        .bind(next_at + TimeDelta::seconds(1))
-        .execute(db.pool())
-        .await;
+    let early = sqlx::query(
+        "SELECT postbox.fire('c', '* * * * * *', 'UTC', $1, ARRAY[now() + interval '1 hour'], NULL)",
+    )
+    .bind(next_at + TimeDelta::seconds(1))
+    .execute(db.pool())
+    .await;
     assert!(early.unwrap_err().to_string().contains("would be early"));
 }
 
@@ -135,7 +151,9 @@ async fn missed_due_times_fire_by_the_policy() {
         db.advance(Duration::from_secs(3_600)).await.unwrap();
         let dispatcher = dispatcher(&db).await;
         let after = eventually(SOON, async || {
-            let found = cron::find(&mut db.pool().acquire().await.unwrap(), "c").await.unwrap();
+            let found = cron::find(&mut db.pool().acquire().await.unwrap(), "c")
+                .await
+                .unwrap();
             match found.and_then(|found| found.next_at) {
                 Some(moved) if moved > next_at + TimeDelta::minutes(58) => Ok(moved),
                 other => Err(format!("next is {other:?}")),
@@ -143,7 +161,11 @@ async fn missed_due_times_fire_by_the_policy() {
         })
         .await;
         let fired = firings(db.pool()).await;
-        assert!((least..=most).contains(&fired.len()), "{missed:?}: {}", fired.len());
+        assert!(
+            (least..=most).contains(&fired.len()),
+            "{missed:?}: {}",
+            fired.len()
+        );
         let due: HashSet<_> = fired.iter().map(|(due, _)| *due).collect();
         assert_eq!(due.len(), fired.len(), "{missed:?}: each once");
         assert!(fired.is_sorted(), "{missed:?}: in order");
@@ -186,7 +208,10 @@ async fn registering_again_changes_nothing_unless_something_changed() {
     let before = version().await;
     assert_eq!(register(db.pool(), every("0 0 1 1 *")).await, next_at);
     assert_eq!(version().await, before, "nothing was written");
-    assert_eq!(register(db.pool(), every("0 0 1 1 *").missed(Missed::All)).await, next_at);
+    assert_eq!(
+        register(db.pool(), every("0 0 1 1 *").missed(Missed::All)).await,
+        next_at
+    );
     let changed = register(db.pool(), every("0 12 * * *")).await;
     assert!(changed < Utc::now() + TimeDelta::days(2), "{changed}");
 }
@@ -203,7 +228,10 @@ async fn a_paused_schedule_does_not_fire_nor_make_up_for_it_when_it_is_resumed()
     assert!(cron::resume(&mut connection, "c").await.unwrap());
     assert!(!cron::resume(&mut connection, "no such").await.unwrap());
     let resumed = cron::find(&mut connection, "c").await.unwrap().unwrap();
-    assert!(resumed.next_at.unwrap() > Utc::now() + TimeDelta::days(2), "{resumed:?}");
+    assert!(
+        resumed.next_at.unwrap() > Utc::now() + TimeDelta::days(2),
+        "{resumed:?}"
+    );
     db.advance(Duration::from_secs(86_400)).await.unwrap();
     let fired = has_fired(db.pool(), 1).await;
     assert_eq!(fired.len(), 1, "{fired:?}");
@@ -236,11 +264,23 @@ async fn what_a_recurring_message_cannot_have_is_refused() {
     let message = || Outgoing::json("t", &1);
     for (cron, says) in [
         (Cron::new("a b", schedule(), message()), "cron name \"a b\""),
-        (Cron::new("a", schedule(), message().delay(SOON)), "no deliver_at or delay"),
-        (Cron::new("a", schedule(), message().dedup_key("d")), "no dedup_key"),
+        (
+            Cron::new("a", schedule(), message().delay(SOON)),
+            "no deliver_at or delay",
+        ),
+        (
+            Cron::new("a", schedule(), message().dedup_key("d")),
+            "no dedup_key",
+        ),
         (Cron::new("a", schedule(), message().ordered()), "no ordered"),
-        (Cron::new("a", schedule(), message().expires_at(Utc::now())), "no expires_at"),
-        (Cron::new("a", schedule(), message().topic("a b")), "topic \"a b\""),
+        (
+            Cron::new("a", schedule(), message().expires_at(Utc::now())),
+            "no expires_at",
+        ),
+        (
+            Cron::new("a", schedule(), message().topic("a b")),
+            "topic \"a b\"",
+        ),
     ] {
         let error = cron.register(&mut connection).await.unwrap_err().to_string();
         assert!(error.contains(says), "{error:?} says {says:?}");
@@ -252,7 +292,12 @@ async fn what_a_recurring_message_cannot_have_is_refused() {
 type Runs = Arc<Mutex<Vec<(DateTime<Utc>, String)>>>;
 
 #[postbox_consumer::cron("* * * * * *", tz = "Europe/Berlin", missed = "all")]
-async fn tick(at: ScheduledAt, delivery: Delivery, State(runs): State<Runs>, mut tx: Tx) -> Result<(), HandlerError> {
+async fn tick(
+    at: ScheduledAt,
+    delivery: Delivery,
+    State(runs): State<Runs>,
+    mut tx: Tx,
+) -> Result<(), HandlerError> {
     sqlx::query("INSERT INTO effect (due) VALUES ($1)")
         .bind(at.0)
         .execute(&mut *tx)
@@ -283,7 +328,10 @@ async fn a_cron_handler_runs_once_for_each_due_time_on_one_of_its_instances() {
             .handlers(handlers![tick])
             .state(runs.clone())
     };
-    let consumers = [consumer().start().await.unwrap(), consumer().start().await.unwrap()];
+    let consumers = [
+        consumer().start().await.unwrap(),
+        consumer().start().await.unwrap(),
+    ];
     eventually(SOON, async || match runs.lock().unwrap().len() {
         n if n >= 4 => Ok(()),
         n => Err(format!("{n} runs")),
@@ -307,10 +355,12 @@ async fn a_cron_handler_runs_once_for_each_due_time_on_one_of_its_instances() {
 #[tokio::test]
 async fn a_wrong_schedule_is_an_error_at_the_start_that_shows_where_it_is_wrong() {
     let db = TestDatabase::new().await.unwrap();
-    let start = |handlers: Vec<HandlerDefinition>| Consumer::new(db.pool().clone()).handlers(handlers).start();
+    let start =
+        |handlers: Vec<HandlerDefinition>| Consumer::new(db.pool().clone()).handlers(handlers).start();
     let error = start(handlers![wrong]).await.unwrap_err().to_string();
     assert!(
-        error.ends_with("cron expression \"0 25 * * *\", column 3: \"25\" is no hour (0 to 23, with * , - /)")
+        error
+            .ends_with("cron expression \"0 25 * * *\", column 3: \"25\" is no hour (0 to 23, with * , - /)")
             && error.contains("::wrong"),
         "{error}"
     );
@@ -318,6 +368,14 @@ async fn a_wrong_schedule_is_an_error_at_the_start_that_shows_where_it_is_wrong(
         .cron("zone", "@daily", "Europe/Berlyn")
         .call(|_| Box::pin(async { Ok(()) }));
     let error = start(vec![zone]).await.unwrap_err().to_string();
-    assert!(error.contains("time zone \"Europe/Berlyn\" is not known"), "{error}");
-    assert!(cron::list(&mut db.pool().acquire().await.unwrap()).await.unwrap().is_empty());
+    assert!(
+        error.contains("time zone \"Europe/Berlyn\" is not known"),
+        "{error}"
+    );
+    assert!(
+        cron::list(&mut db.pool().acquire().await.unwrap())
+            .await
+            .unwrap()
+            .is_empty()
+    );
 }

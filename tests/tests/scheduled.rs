@@ -73,10 +73,12 @@ async fn promote(connection: &mut PgConnection) -> i64 {
 }
 
 async fn order_in_the_outbox(pool: &PgPool) -> Vec<String> {
-    sqlx::query_scalar("SELECT convert_from(payload, 'UTF8')::jsonb #>> '{}' FROM postbox.outbox ORDER BY seq")
-        .fetch_all(pool)
-        .await
-        .expect("the outbox")
+    sqlx::query_scalar(
+        "SELECT convert_from(payload, 'UTF8')::jsonb #>> '{}' FROM postbox.outbox ORDER BY seq",
+    )
+    .fetch_all(pool)
+    .await
+    .expect("the outbox")
 }
 
 // ------------------------------------------------------------------------------------------------------------- when it comes
@@ -101,7 +103,12 @@ async fn a_scheduled_message_comes_when_it_is_due_and_is_what_was_published() {
     .fetch_one(db.pool())
     .await
     .unwrap();
-    let expected = ("greeting".into(), "k".into(), "acme".into(), "text/plain hello".into());
+    let expected = (
+        "greeting".into(),
+        "k".into(),
+        "acme".into(),
+        "text/plain hello".into(),
+    );
     assert_eq!(
         row,
         (id.as_uuid(), expected.0, expected.1, expected.2, expected.3, true)
@@ -133,14 +140,24 @@ async fn in_the_past_means_now() {
 async fn no_instant_is_too_far_away_but_infinity_and_two_instants_are_refused() {
     let db = TestDatabase::new().await.unwrap();
     publish(db.pool(), text("a").deliver_at(DateTime::<Utc>::MAX_UTC)).await;
-    publish(db.pool(), text("b").delay(Duration::from_secs(5_000 * 365 * 86_400))).await;
+    publish(
+        db.pool(),
+        text("b").delay(Duration::from_secs(5_000 * 365 * 86_400)),
+    )
+    .await;
     assert_eq!(pending(db.pool()).await, 2);
     for (argument, says) in [
         ("deliver_at => 'infinity'", "cannot be due at infinity"),
-        ("deliver_at => now() + interval '1 day', delay => '1 day'", "exclude each other"),
+        (
+            "deliver_at => now() + interval '1 day', delay => '1 day'",
+            "exclude each other",
+        ),
     ] {
         let sql = format!("SELECT postbox.publish(topic => 't', payload => '1', {argument})");
-        let refused = sqlx::query(AssertSqlSafe(sql)).execute(db.pool()).await.unwrap_err();
+        let refused = sqlx::query(AssertSqlSafe(sql))
+            .execute(db.pool())
+            .await
+            .unwrap_err();
         assert!(refused.to_string().contains(says), "{refused}");
     }
 }
@@ -182,7 +199,11 @@ async fn a_moved_clock_makes_messages_due() {
     let db = TestDatabase::new().await.unwrap();
     let dispatcher = dispatcher(&db).await;
     publish(db.pool(), text("tomorrow").delay(Duration::from_secs(86_400))).await;
-    publish(db.pool(), text("next week").delay(Duration::from_secs(7 * 86_400))).await;
+    publish(
+        db.pool(),
+        text("next week").delay(Duration::from_secs(7 * 86_400)),
+    )
+    .await;
     db.advance(Duration::from_secs(86_401)).await.unwrap();
     has_delivered(db.pool(), 1).await;
     db.advance(Duration::from_secs(86_400)).await.unwrap();
@@ -304,7 +325,11 @@ async fn a_rescheduled_message_comes_at_its_new_time_whether_earlier_or_later() 
             .await
             .unwrap()
     );
-    assert!(tx.reschedule(later, Utc::now() + TimeDelta::hours(3)).await.unwrap());
+    assert!(
+        tx.reschedule(later, Utc::now() + TimeDelta::hours(3))
+            .await
+            .unwrap()
+    );
     assert!(
         tx.reschedule(past, Utc::now() - TimeDelta::hours(3))
             .await
@@ -351,7 +376,8 @@ async fn of_a_promotion_and_a_cancellation_at_the_same_time_exactly_one_wins() {
     let db = TestDatabase::new().await.unwrap();
     let dispatchers = [dispatcher(&db).await, dispatcher(&db).await];
     let due = Utc::now() + TimeDelta::milliseconds(700);
-    let batch = (0..MESSAGES).map(|n| text(&n.to_string()).deliver_at(due + TimeDelta::milliseconds(n as i64)));
+    let batch =
+        (0..MESSAGES).map(|n| text(&n.to_string()).deliver_at(due + TimeDelta::milliseconds(n as i64)));
     let mut tx = db.pool().begin().await.unwrap();
     let ids = tx.publish_all(batch).await.unwrap();
     tx.commit().await.unwrap();
@@ -382,7 +408,10 @@ async fn a_deduplication_key_covers_messages_for_later() {
     let message = |n| text(n).dedup_key("d").delay(Duration::from_secs(60));
     let first = publish(db.pool(), message("first")).await;
     assert_eq!(publish(db.pool(), message("second")).await, first);
-    assert_eq!(publish(db.pool(), text("third").dedup_key("d").ordered()).await, first);
+    assert_eq!(
+        publish(db.pool(), text("third").dedup_key("d").ordered()).await,
+        first
+    );
     assert_eq!(pending(db.pool()).await, 1);
     assert_eq!(number(db.pool(), "SELECT count(*) FROM postbox.outbox").await, 0);
 }
@@ -392,8 +421,15 @@ async fn a_role_that_may_publish_may_schedule_and_cancel_but_not_read_what_other
     let db = TestDatabase::new().await.unwrap();
     let role = role::Role::new(&db).await;
     let grant = format!("SELECT postbox.grant_publish('{}')", role.name);
-    sqlx::query(AssertSqlSafe(grant)).execute(db.pool()).await.unwrap();
-    let id = publish(&role.pool, text("a").delay(Duration::from_secs(60)).expires_in(SOON)).await;
+    sqlx::query(AssertSqlSafe(grant))
+        .execute(db.pool())
+        .await
+        .unwrap();
+    let id = publish(
+        &role.pool,
+        text("a").delay(Duration::from_secs(60)).expires_in(SOON),
+    )
+    .await;
     publish(&role.pool, text("b").expires_in(SOON)).await;
     let mut tx = role.pool.begin().await.unwrap();
     assert!(tx.reschedule(id, Utc::now() + TimeDelta::hours(1)).await.unwrap());
@@ -504,7 +540,10 @@ async fn under_load_no_message_is_early_and_few_are_late() {
     has_delivered(db.pool(), 2_000).await;
     let late = lateness_ms(db.pool()).await;
     let (least, p99) = (late[0], late[late.len() * 99 / 100]);
-    println!("lateness: least {least:.3} ms, p50 {:.3} ms, p99 {p99:.3} ms", late[1_000]);
+    println!(
+        "lateness: least {least:.3} ms, p50 {:.3} ms, p99 {p99:.3} ms",
+        late[1_000]
+    );
     assert!(least >= 0.0, "{least} ms early");
     assert!(p99 < 1_000.0, "p99 {p99} ms");
     dispatcher.shutdown().await;
@@ -550,7 +589,8 @@ async fn median_look(pool: &PgPool, connection: &mut PgConnection, state: &mut O
 }
 
 #[tokio::test]
-async fn looks_do_not_grow_slower_with_what_was_promoted_and_cancelled_while_another_session_holds_the_horizon() {
+async fn looks_do_not_grow_slower_with_what_was_promoted_and_cancelled_while_another_session_holds_the_horizon()
+ {
     const MESSAGES: i64 = 20_000;
     let db = TestDatabase::new().await.unwrap();
     let mut connection = db.connect().await.unwrap();
@@ -588,8 +628,14 @@ async fn looks_do_not_grow_slower_with_what_was_promoted_and_cancelled_while_ano
     assert_eq!(pending(db.pool()).await, 1);
 
     let after = median_look(db.pool(), &mut connection, &mut state).await;
-    println!("median look before {before:?}, with {} dead rows {after:?}", 2 * MESSAGES);
-    assert!(after < 2 * before + Duration::from_millis(2), "{after:?}, before {before:?}");
+    println!(
+        "median look before {before:?}, with {} dead rows {after:?}",
+        2 * MESSAGES
+    );
+    assert!(
+        after < 2 * before + Duration::from_millis(2),
+        "{after:?}, before {before:?}"
+    );
 }
 
 /// Figures, not a guarantee: `cargo test --release -p postbox-testkit --test scheduled -- --ignored --nocapture`, on a quiet machine.

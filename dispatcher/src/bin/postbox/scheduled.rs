@@ -120,7 +120,9 @@ async fn cancel(pool: &PgPool, ids: Vec<MessageId>) -> anyhow::Result<()> {
         if tx.cancel(*id).await? {
             cancelled.push(*id);
         } else {
-            warn(&format!("message {id} is not pending: it was delivered, cancelled or never scheduled"));
+            warn(&format!(
+                "message {id} is not pending: it was delivered, cancelled or never scheduled"
+            ));
         }
     }
     tx.commit().await?;
