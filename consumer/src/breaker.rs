@@ -66,9 +66,7 @@ impl Breaker {
 
     /// Whether this message is the probe: its failure says nothing about the message.
     pub(crate) fn is_probe(&self, offset: i64) -> bool {
-        self.open
-            .as_ref()
-            .is_some_and(|open| open.probing == Some(offset))
+        self.open.as_ref().is_some_and(|open| open.probing == Some(offset))
     }
 
     /// A run succeeded; says whether that closed it.

@@ -252,8 +252,12 @@ impl Executor {
     }
 
     fn adopt_one(&mut self, held: Held) {
-        let (offset, lane, state, attempts) =
-            (held.message.offset.get(), held.lane, held.state, held.attempts);
+        let (offset, lane, state, attempts) = (
+            held.message.offset.get(),
+            held.lane,
+            held.state,
+            held.attempts,
+        );
         let due = Instant::now() + held.due_in;
         // Its key is its own.
         let was_halted = self.halted.remove(&offset);
@@ -354,7 +358,9 @@ impl Executor {
         match self.job(Record::alone(held.message), offset, lane) {
             Some(job) => Some(Job {
                 attempt: held.attempts + 1,
-                failing_since: held.failing_for.and_then(|span| Instant::now().checked_sub(span)),
+                failing_since: held
+                    .failing_for
+                    .and_then(|span| Instant::now().checked_sub(span)),
                 stored: true,
                 ..job
             }),

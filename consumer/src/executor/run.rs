@@ -29,11 +29,11 @@ impl Executor {
         {
             return;
         }
-        let Some(job) = self.job(record, offset, lane) else {
-            return;
-        };
+        let Some(job) = self.job(record, offset, lane) else { return };
         if let Some(job) = self.queue_behind_its_key(job) {
-            if self.running.len() >= self.plan.concurrency || !self.ready.is_empty() || self.breaker.is_open()
+            if self.running.len() >= self.plan.concurrency
+                || !self.ready.is_empty()
+                || self.breaker.is_open()
             {
                 self.unsettled.insert(offset, lane);
                 self.hold_key(&job);
