@@ -7,7 +7,7 @@ COMMENT ON SCHEMA postbox IS
     'Postbox: transactional outbox and messaging. Publish with postbox.publish() or INSERT INTO postbox.outbox; everything else belongs to Postbox.';
 
 -- Advisory locks. The two-integer space (class, object) is used with these classes; nothing else in the database may use them.
---   1347571761, 1: the sequencer; 2: the dispatcher's bell; 3: the consumers' bell; 4: migrations
+--   1347571761, 1: the sequencer; 2: the dispatcher's bell; 3: the consumers' bell; 4: migrations; 5: the timers' bell; 6: promotion
 --   1347571762, subscription * 1024 + lane: the fence of a lane
 --   1347571763, consumer id: held by a consumer's session for as long as it lives
 --   1347571764, hash of topic and key: ordered publishing
@@ -96,7 +96,8 @@ CREATE TABLE postbox.outbox (
     key          text,
     headers      jsonb,
     content_type text,
-    payload      bytea       NOT NULL
+    payload      bytea       NOT NULL,
+    expires_at   timestamptz
 ) PARTITION BY LIST (slot);
 
 COMMENT ON TABLE postbox.outbox IS
@@ -113,6 +114,7 @@ COMMENT ON COLUMN postbox.outbox.key IS 'Ordering key, up to 1,024 bytes: messag
 COMMENT ON COLUMN postbox.outbox.headers IS 'A JSON object of strings, up to 16,384 bytes. Null: none.';
 COMMENT ON COLUMN postbox.outbox.content_type IS 'Media type of the payload. Null: application/json.';
 COMMENT ON COLUMN postbox.outbox.payload IS 'The message itself.';
+COMMENT ON COLUMN postbox.outbox.expires_at IS 'From then on it is no longer handled. Null: never.';
 
 ------------------------------------------------------------------------------------------------------------- what orders it
 
@@ -335,12 +337,18 @@ CREATE FUNCTION postbox.publish_bytes(
     dedup_key    text     DEFAULT NULL,
     dedup_window interval DEFAULT '24 hours',
     ordered      boolean  DEFAULT false,
-    id           uuid     DEFAULT NULL
+    id           uuid     DEFAULT NULL,
+    deliver_at   timestamptz DEFAULT NULL,
+    delay        interval DEFAULT NULL,
+    expires_at   timestamptz DEFAULT NULL,
+    expires_in   interval DEFAULT NULL
 ) RETURNS uuid
     LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     message_id uuid := coalesce(publish_bytes.id, postbox.uuid7());
+    due        timestamptz;
+    expiry     timestamptz := publish_bytes.expires_at;
     winner     uuid;
 BEGIN
     PERFORM postbox.check_message(publish_bytes.topic, publish_bytes.type, publish_bytes.key, publish_bytes.headers,
@@ -361,13 +369,27 @@ BEGIN
             RETURN winner;
         END IF;
     END IF;
-    INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload)
+    IF publish_bytes.deliver_at IS NOT NULL OR publish_bytes.delay IS NOT NULL THEN
+        due := postbox.due_time(publish_bytes.deliver_at, publish_bytes.delay);
+    END IF;
+    IF publish_bytes.expires_in IS NOT NULL THEN
+        expiry := least(expiry, coalesce(due, postbox.clock()) + publish_bytes.expires_in);
+    END IF;
+    IF due IS NOT NULL THEN
+        INSERT INTO postbox.scheduled (id, deliver_at, topic, type, key, headers, content_type, payload, expires_at)
+        VALUES (message_id, due, publish_bytes.topic, publish_bytes.type, publish_bytes.key,
+                CASE WHEN publish_bytes.headers <> '{}' THEN publish_bytes.headers END,
+                nullif(publish_bytes.content_type, 'application/json'), publish_bytes.payload, expiry);
+        RETURN message_id;
+    END IF;
+    INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload, expires_at)
     VALUES (message_id, publish_bytes.topic, publish_bytes.type, publish_bytes.key,
             CASE WHEN publish_bytes.headers <> '{}' THEN publish_bytes.headers END,
-            nullif(publish_bytes.content_type, 'application/json'), publish_bytes.payload);
+            nullif(publish_bytes.content_type, 'application/json'), publish_bytes.payload, expiry);
     RETURN message_id;
 END $$;
-COMMENT ON FUNCTION postbox.publish_bytes IS 'Publishes bytes of any content type in the caller''s transaction; returns the message id.';
+COMMENT ON FUNCTION postbox.publish_bytes IS
+    'Publishes bytes of any content type in the caller''s transaction; returns the message id. deliver_at (an instant) or delay (a span) deliver it later, in the past means now; expires_at, or expires_in from when it is delivered, end its life.';
 
 CREATE FUNCTION postbox.publish(
     topic        text,
@@ -378,11 +400,15 @@ CREATE FUNCTION postbox.publish(
     dedup_key    text     DEFAULT NULL,
     dedup_window interval DEFAULT '24 hours',
     ordered      boolean  DEFAULT false,
-    id           uuid     DEFAULT NULL
+    id           uuid     DEFAULT NULL,
+    deliver_at   timestamptz DEFAULT NULL,
+    delay        interval DEFAULT NULL,
+    expires_at   timestamptz DEFAULT NULL,
+    expires_in   interval DEFAULT NULL
 ) RETURNS uuid
     LANGUAGE sql VOLATILE
     RETURN postbox.publish_bytes(topic, convert_to(payload::text, 'UTF8'), 'application/json', key, type, headers, dedup_key,
-        dedup_window, ordered, id);
+        dedup_window, ordered, id, deliver_at, delay, expires_at, expires_in);
 COMMENT ON FUNCTION postbox.publish IS
     'Publishes a JSON message in the caller''s transaction; returns the message id. SELECT postbox.publish(topic => ''orders'', key => ''42'', payload => ''{"total": 7}'')';
 
@@ -390,11 +416,14 @@ CREATE FUNCTION postbox.grant_publish(role regrole) RETURNS void
     LANGUAGE plpgsql AS $$
 BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA postbox TO %s', role);
-    EXECUTE format('GRANT INSERT (id, topic, type, key, headers, content_type, payload) ON postbox.outbox TO %s', role);
+    EXECUTE format('GRANT INSERT (id, topic, type, key, headers, content_type, payload, expires_at) ON postbox.outbox TO %s', role);
+    EXECUTE format('GRANT INSERT (id, deliver_at, topic, type, key, headers, content_type, payload, expires_at),
+        SELECT (id), UPDATE (deliver_at, n, xid), DELETE ON postbox.scheduled TO %s', role);
+    EXECUTE format('GRANT USAGE ON SEQUENCE postbox.scheduled_n TO %s', role);
     EXECUTE format('GRANT USAGE ON SEQUENCE postbox.outbox_seq TO %s', role);
     EXECUTE format('GRANT SELECT, INSERT, UPDATE ON postbox.dedup TO %s', role);
 END $$;
-COMMENT ON FUNCTION postbox.grant_publish IS 'Lets a role publish, and nothing else: the content columns of the outbox, not slot, xid or seq.';
+COMMENT ON FUNCTION postbox.grant_publish IS 'Lets a role publish, schedule and cancel, and nothing else: the content columns of the outbox, not slot, xid or seq.';
 
 ------------------------------------------------------------------------------------------------------------------ sequencing
 

@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::cron;
 use crate::error::Error;
 use crate::handler::HandlerDefinition;
 use crate::process::Process;
@@ -156,7 +157,9 @@ impl Consumer {
     pub async fn start(self) -> Result<ConsumerHandle, Error> {
         postbox::check_schema(&self.pool).await?;
         let states = Arc::new(self.states);
+        let crons = cron::read_all(&self.definitions)?;
         let subscriptions = Arc::new(plan_all(&self.definitions, &self.settings, &states, &self.pool)?);
+        cron::register_all(&self.pool, crons).await?;
         let readers = PgPoolOptions::new()
             .max_connections(2)
             // A broken one is noticed by the read, which is tried again.

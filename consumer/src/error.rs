@@ -48,6 +48,14 @@ pub enum Error {
         /// Its type.
         state: &'static str,
     },
+    /// A handler's schedule is wrong, or could not be registered.
+    #[error("handler {handler}: {source}")]
+    Cron {
+        /// The handler.
+        handler: &'static str,
+        /// What is wrong.
+        source: postbox::Error,
+    },
     /// Two handlers of one group take the same messages.
     #[error("handlers {first} and {second} of group {group:?} both take {}", match message_type { Some(name) => format!("type {name:?}"), None => "every type".to_owned() })]
     DuplicateHandler {

@@ -3,6 +3,7 @@
 mod delivery;
 mod json;
 mod raw;
+mod scheduled_at;
 mod state;
 mod tx;
 
@@ -13,6 +14,7 @@ use postbox::Message;
 pub use delivery::Delivery;
 pub use json::Json;
 pub use raw::Raw;
+pub use scheduled_at::ScheduledAt;
 pub use state::State;
 pub use tx::Tx;
 pub(crate) use tx::{TxConnection, TxSlot};
@@ -33,7 +35,7 @@ pub struct Invocation {
 
 /// Makes an argument of a handler from a delivery.
 ///
-/// Implemented for every [`Message`], and for [`Json`], [`Raw`], [`Delivery`], [`State`] and [`Tx`]. Implement it for a type
+/// Implemented for every [`Message`], and for [`Json`], [`Raw`], [`Delivery`], [`ScheduledAt`], [`State`] and [`Tx`]. Implement it for a type
 /// of your own to check or convert something before each run.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be an argument of a handler",

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use postbox::cron::Missed;
 
+use crate::cron::CronDefinition;
 use crate::dead_letter::DeadLetter;
 use crate::extract::{Extract, Invocation};
 use crate::retry::Retry;
@@ -45,6 +47,7 @@ pub struct HandlerDefinition {
     pub(crate) transactional: bool,
     pub(crate) states: Vec<StateType>,
     pub(crate) on_dead_letter: Option<DeadLetterHook>,
+    pub(crate) cron: Option<CronDefinition>,
     pub(crate) run: Option<Arc<dyn Fn(Invocation) -> BoxFuture<Outcome> + Send + Sync>>,
 }
 
@@ -79,6 +82,7 @@ impl HandlerDefinition {
             transactional: false,
             states: Vec::new(),
             on_dead_letter: None,
+            cron: None,
             run: None,
         }
     }
@@ -157,6 +161,31 @@ impl HandlerDefinition {
         hook: impl Fn(DeadLetter) -> BoxFuture<Outcome> + Send + Sync + 'static,
     ) -> Self {
         self.on_dead_letter = Some(Arc::new(hook));
+        self
+    }
+
+    /// Handles the firings of a schedule, which the consumer registers under this name at its start; most are made by `#[cron]`. Sets the
+    /// group `cron` (unless [`group`](Self::group) says another), the topic `cron/NAME` and [`Order::Topic`]. The expression and the time zone are as in
+    /// [`postbox::cron`].
+    pub fn cron(
+        mut self,
+        name: impl Into<String>,
+        expression: impl Into<String>,
+        time_zone: impl Into<String>,
+    ) -> Self {
+        let cron = CronDefinition::new(name.into(), expression.into(), time_zone.into());
+        self.audience.get_or_insert(Audience::Group("cron".to_owned()));
+        self.topic = Some(cron.topic());
+        self.order = Some(Order::Topic);
+        self.cron = Some(cron);
+        self
+    }
+
+    /// What becomes of due times that passed while no dispatcher ran (default [`Missed::Once`]); no effect without [`cron`](Self::cron).
+    pub fn missed(mut self, missed: Missed) -> Self {
+        if let Some(cron) = &mut self.cron {
+            cron.missed = missed;
+        }
         self
     }
 

@@ -31,6 +31,7 @@
 mod block;
 mod breaker;
 mod consumer;
+mod cron;
 mod dead_letter;
 mod error;
 mod executor;
@@ -57,11 +58,12 @@ mod topic_log;
 pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats, UnknownType};
 pub use dead_letter::DeadLetter;
 pub use error::Error;
-pub use extract::{Delivery, Extract, Invocation, Json, Raw, State, Tx};
+pub use extract::{Delivery, Extract, Invocation, Json, Raw, ScheduledAt, State, Tx};
 pub use handler::{
     BoxFuture, DEFAULT_TIMEOUT, DefineHandler, HandlerDefinition, HandlerError, IntoOutcome, Order, Outcome,
     Start,
 };
 pub use inbox::Inbox;
-pub use postbox_macros::{handler, handlers};
+pub use postbox::cron::Missed;
+pub use postbox_macros::{cron, handler, handlers};
 pub use retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};

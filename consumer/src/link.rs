@@ -12,7 +12,7 @@ use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 /// It does not connect again by itself: whoever has it must know that the connection was lost, and what went with it.
 pub async fn open(
     options: PgConnectOptions,
-    channel: &str,
+    channels: &[&str],
     within: Duration,
 ) -> Result<(PgListener, PgPool), sqlx::Error> {
     let pool = PgPoolOptions::new()
@@ -25,7 +25,7 @@ pub async fn open(
     let mut listener = PgListener::connect_with(&pool).await?;
     listener.ignore_pool_close_event(true);
     listener.eager_reconnect(false);
-    listener.listen(channel).await?;
+    listener.listen_all(channels.iter().copied()).await?;
     Ok((listener, pool))
 }
 

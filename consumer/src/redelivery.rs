@@ -146,6 +146,8 @@ fn decode(row: &PgRow) -> Result<Held, sqlx::Error> {
             content_type: row.try_get::<Option<&str>, _>(12)?.map(Box::from),
             payload: row.try_get::<&[u8], _>(13)?.into(),
             published_at: row.try_get(14)?,
+            // Once it has been tried, it is seen through.
+            expires_at: None,
         },
     })
 }

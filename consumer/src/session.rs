@@ -135,7 +135,7 @@ impl Session {
     pub(crate) async fn open(process: &mut Process) -> Result<Self, Error> {
         let (mut listener, pool) = link::open(
             (*process.pool.connect_options()).clone(),
-            "postbox_segment",
+            &["postbox_segment"],
             Duration::from_secs(10),
         )
         .await?;

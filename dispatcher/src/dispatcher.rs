@@ -10,11 +10,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::sequencer::{Counters, Sequencer};
+use crate::timers::{self, Timers};
 use crate::{expiry, restore};
 
-/// Sequences messages and wakes their consumers.
+/// Sequences messages and wakes their consumers, promotes scheduled messages when they are due, and fires cron schedules.
 ///
-/// It keeps one connection of its own, which must be direct (not through a transaction pooler), and now and then borrows one of `pool`. If the
+/// It keeps two connections of its own, which must be direct (not through a transaction pooler), and now and then borrows one of `pool`. If the
 /// database goes away it connects again by itself, with growing and jittered waits, and then looks at everything.
 #[must_use = "it does nothing until it is run"]
 #[derive(Debug)]
@@ -46,13 +47,23 @@ impl Dispatcher {
         postbox::check_schema(&self.pool).await?;
         let counters = Arc::new(Counters::default());
         let sequencer = self.connect(&counters).await?;
+        let timing = Arc::new(timers::Counters::default());
+        let timers = Timers::connect(&self.pool, self.tick, timing.clone()).await?;
         let token = CancellationToken::new();
-        let task = tokio::spawn(self.serve(sequencer, counters.clone(), token.clone()));
+        let serve = self.serve(sequencer, timers, counters.clone(), timing.clone(), token.clone());
+        let task = tokio::spawn(serve);
         Ok(DispatcherHandle {
             token,
             task,
             counters,
+            timing,
         })
+    }
+
+    /// What answers may be another cluster than before.
+    async fn connect(&self, counters: &Arc<Counters>) -> Result<Sequencer, postbox::Error> {
+        restore::rebase_if_restored(&self.pool).await?;
+        Ok(Sequencer::connect(&self.pool, self.tick, counters.clone()).await?)
     }
 
     /// Runs until `shutdown` completes.
@@ -63,39 +74,55 @@ impl Dispatcher {
         Ok(())
     }
 
-    async fn serve(self, first: Sequencer, counters: Arc<Counters>, token: CancellationToken) {
-        let expiry = expiry::run(self.pool.clone());
+    async fn serve(
+        self,
+        first: Sequencer,
+        first_timers: Timers,
+        counters: Arc<Counters>,
+        timing: Arc<timers::Counters>,
+        token: CancellationToken,
+    ) {
+        let (pool, tick) = (&self.pool, self.tick);
+        let expiry = expiry::run(pool.clone());
         let sequencing = async {
             let mut sequencer = first;
             info!("dispatching");
             loop {
                 let error = sequencer.run().await;
                 warn!(%error, "lost the connection; connecting again");
-                sequencer = self.reconnect(&counters).await;
+                sequencer = reconnect(|| self.connect(&counters)).await;
                 info!("connected again");
+            }
+        };
+        // On a connection of their own, so that a burst that becomes due does not hold up what is published now.
+        let timers = async {
+            let mut timers = first_timers;
+            loop {
+                let error = timers.run().await;
+                warn!(%error, "the timers lost their connection; connecting again");
+                timers = reconnect(|| Timers::connect(pool, tick, timing.clone())).await;
             }
         };
         tokio::select! {
             () = token.cancelled() => {}
             () = expiry => {}
             () = sequencing => {}
+            () = timers => {}
         }
     }
+}
 
-    async fn connect(&self, counters: &Arc<Counters>) -> Result<Sequencer, postbox::Error> {
-        restore::rebase_if_restored(&self.pool).await?;
-        Ok(Sequencer::connect(&self.pool, self.tick, counters.clone()).await?)
-    }
-
-    async fn reconnect(&self, counters: &Arc<Counters>) -> Sequencer {
-        let mut reconnect = Reconnect::new();
-        loop {
-            reconnect.wait().await;
-            // What answers now may be another cluster.
-            match self.connect(counters).await {
-                Ok(sequencer) => return sequencer,
-                Err(error) => warn!(%error, "cannot connect; trying again"),
-            }
+async fn reconnect<T, E, F>(connect: impl Fn() -> F) -> T
+where
+    E: std::fmt::Display,
+    F: Future<Output = Result<T, E>>,
+{
+    let mut reconnect = Reconnect::new();
+    loop {
+        reconnect.wait().await;
+        match connect().await {
+            Ok(connected) => return connected,
+            Err(error) => warn!(%error, "cannot connect; trying again"),
         }
     }
 }
@@ -106,6 +133,7 @@ pub struct DispatcherHandle {
     token: CancellationToken,
     task: JoinHandle<()>,
     counters: Arc<Counters>,
+    timing: Arc<timers::Counters>,
 }
 
 impl DispatcherHandle {
@@ -119,6 +147,11 @@ impl DispatcherHandle {
     /// How many steps found messages, and how many messages those were.
     pub fn sequenced(&self) -> (u64, u64) {
         self.counters.read()
+    }
+
+    /// How many scheduled messages it promoted when they were due, and how many due times of cron schedules it fired.
+    pub fn timed(&self) -> (u64, u64) {
+        self.timing.read()
     }
 }
 

@@ -86,7 +86,7 @@ impl Sequencer {
         let options = (*pool.connect_options())
             .clone()
             .application_name("postbox dispatcher");
-        let (mut listener, own) = link::open(options, "postbox_outbox", STATEMENT_TIMEOUT).await?;
+        let (mut listener, own) = link::open(options, &["postbox_outbox"], STATEMENT_TIMEOUT).await?;
         sqlx::raw_sql(SETTINGS).execute(&mut listener).await?;
         Ok(Self {
             listener,
@@ -208,7 +208,7 @@ impl Sequencer {
     }
 }
 
-fn closed() -> sqlx::Error {
+pub(crate) fn closed() -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(
         std::io::ErrorKind::UnexpectedEof,
         "the server closed the connection",

@@ -32,25 +32,34 @@ const KNOWN: &[&str] = &[
 
 /// The item as it was, and its definition or the errors.
 pub(crate) fn expand(options: TokenStream, item: TokenStream) -> TokenStream {
+    expand_with("#[handler]", item, |signature, arguments| {
+        let options = Options::read.parse2(options)?;
+        Ok(definition(signature, arguments, &options))
+    })
+}
+
+/// As [`expand`], for any attribute that makes a handler of a function: `define` gives the expression that makes the definition.
+pub(crate) fn expand_with(
+    attribute: &str,
+    item: TokenStream,
+    define: impl FnOnce(&Signature, &[&Type]) -> syn::Result<TokenStream>,
+) -> TokenStream {
     let function: ItemFn = match syn::parse2(item.clone()) {
         Ok(function) => function,
         Err(_) => {
-            let error = syn::Error::new(first_span(&item), "#[handler] goes on an async fn with a body");
-            return with_error(item, error);
+            let message = format!("{attribute} goes on an async fn with a body");
+            return with_error(item.clone(), syn::Error::new(first_span(&item), message));
         }
     };
     let arguments = match argument_types(&function.sig) {
         Ok(arguments) => arguments,
         Err(error) => return with_error(item, error),
     };
-    let define = match Options::read.parse2(options) {
-        Ok(options) => definition(&function.sig, &arguments, &options),
-        // A body that is never run keeps `handlers![]` from complaining of the same mistake.
-        Err(error) => {
-            let error = error.into_compile_error();
-            quote!(#error ::core::unreachable!())
-        }
-    };
+    // A body that is never run keeps `handlers![]` from complaining of the same mistake.
+    let define = define(&function.sig, &arguments).unwrap_or_else(|error| {
+        let error = error.into_compile_error();
+        quote!(#error ::core::unreachable!())
+    });
     let definition = beside(&function, &define);
     quote!(#item #definition)
 }
@@ -287,7 +296,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
 
 /// The closure that extracts the arguments and calls the function. The types keep their spans, so that the
 /// compiler points at an argument that is no extractor and at a return type that is no outcome.
-fn call(signature: &Signature, arguments: &[&Type]) -> TokenStream {
+pub(crate) fn call(signature: &Signature, arguments: &[&Type]) -> TokenStream {
     let function = &signature.ident;
     let names: Vec<_> = (0..arguments.len())
         .map(|position| format_ident!("argument_{position}"))

@@ -3,6 +3,7 @@
 //! This file holds the entry points only; each delegates to the module of its name.
 
 mod attribute;
+mod cron;
 mod duration;
 mod handler;
 mod handlers;
@@ -26,6 +27,12 @@ pub fn derive_message(input: TokenStream) -> TokenStream {
 #[proc_macro_attribute]
 pub fn handler(options: TokenStream, item: TokenStream) -> TokenStream {
     handler::expand(options.into(), item.into()).into()
+}
+
+#[doc = include_str!("docs/cron.md")]
+#[proc_macro_attribute]
+pub fn cron(options: TokenStream, item: TokenStream) -> TokenStream {
+    cron::expand(options.into(), item.into()).into()
 }
 
 #[doc = include_str!("docs/handlers.md")]

@@ -57,6 +57,16 @@ pub enum Error {
     /// The deduplication window is zero or longer than 10 years.
     #[error("the deduplication window is {0:?}: it is more than zero and at most 10 years")]
     InvalidDedupWindow(std::time::Duration),
+    /// The delay is longer than 10,000 years.
+    #[error("the delay is {0:?}: it is at most 10,000 years")]
+    InvalidDelay(std::time::Duration),
+    /// The lifetime is zero or longer than 10,000 years.
+    #[error("the message expires in {0:?}: a lifetime is more than zero and at most 10,000 years")]
+    InvalidLifetime(std::time::Duration),
+    /// A cron expression, its time zone or its name is wrong.
+    #[cfg(feature = "cron")]
+    #[error(transparent)]
+    Cron(#[from] crate::cron::CronError),
     /// A message of a batch was refused; none of the batch was published.
     #[error("message {index} of the batch (counted from 0): {source}")]
     InBatch {

@@ -22,6 +22,8 @@
 //! # Ok(()) }
 //! ```
 
+#[cfg(feature = "cron")]
+pub mod cron;
 mod error;
 mod headers;
 mod id;

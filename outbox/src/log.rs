@@ -85,6 +85,8 @@ pub struct StoredMessage {
     pub payload: Box<[u8]>,
     /// When it was inserted.
     pub published_at: DateTime<Utc>,
+    /// From then on it is not to be handled; `None`: it does not expire.
+    pub expires_at: Option<DateTime<Utc>>,
 }
 
 /// From the last segment that begins at or before `from`: under light load segments are small, so `base > from - 1024` would look at many.
@@ -177,10 +179,11 @@ struct Request {
 }
 
 /// The topic is in the condition because a range of addresses holds other topics' rows too.
-const RANGE: &str = "SELECT seq, id, type, key, headers, content_type, payload, published_at FROM postbox.outbox \
-     WHERE slot = $1 AND xid BETWEEN $2 AND $3 AND seq BETWEEN $4 AND $5 AND topic = $6";
+const RANGE: &str = "SELECT seq, id, type, key, headers, content_type, payload, published_at, expires_at \
+     FROM postbox.outbox WHERE slot = $1 AND xid BETWEEN $2 AND $3 AND seq BETWEEN $4 AND $5 AND topic = $6";
 
-const BY_ADDRESS: &str = "SELECT o.seq, o.id, o.type, o.key, o.headers, o.content_type, o.payload, o.published_at \
+const BY_ADDRESS: &str = "SELECT o.seq, o.id, o.type, o.key, o.headers, o.content_type, o.payload, o.published_at, \
+         o.expires_at \
      FROM unnest($2::xid8[], $3::bigint[]) AS a (xid, seq) \
      JOIN postbox.outbox o ON o.xid = a.xid AND o.seq = a.seq WHERE o.slot = $1";
 
@@ -302,6 +305,7 @@ fn decode(
         content_type: row.try_get_unchecked::<Option<&str>, _>(5)?.map(Box::from),
         payload: row.try_get_unchecked::<&[u8], _>(6)?.into(),
         published_at: row.try_get_unchecked(7)?,
+        expires_at: row.try_get_unchecked(8)?,
     })
 }
 

@@ -4,6 +4,8 @@ use std::borrow::Cow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
+
 use crate::error::{Error, Result};
 use crate::headers::Headers;
 use crate::id::MessageId;
@@ -23,6 +25,8 @@ pub const DEFAULT_PAYLOAD_LIMIT: usize = 1024 * 1024;
 pub const DEFAULT_DEDUP_WINDOW: Duration = Duration::from_secs(24 * 3600);
 
 const MAX_DEDUP_WINDOW: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+/// Of delays and lifetimes: what PostgreSQL can add to the time of today.
+const MAX_SPAN: Duration = Duration::from_secs(10_000 * 366 * 24 * 3600);
 
 static PAYLOAD_LIMIT: AtomicUsize = AtomicUsize::new(DEFAULT_PAYLOAD_LIMIT);
 
@@ -59,6 +63,31 @@ pub struct Outgoing {
     pub(crate) payload: Result<Vec<u8>, EncodeError>,
     pub(crate) dedup: Option<Dedup>,
     pub(crate) ordered: bool,
+    pub(crate) due: Option<When>,
+    pub(crate) expiry: Option<When>,
+}
+
+/// An instant, or a span whose beginning the database's clock gives.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum When {
+    At(DateTime<Utc>),
+    In(Duration),
+}
+
+impl When {
+    pub(crate) fn at(self) -> Option<DateTime<Utc>> {
+        match self {
+            When::At(instant) => Some(instant),
+            When::In(_) => None,
+        }
+    }
+
+    pub(crate) fn span(self) -> Option<Duration> {
+        match self {
+            When::At(_) => None,
+            When::In(span) => Some(span),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -101,6 +130,8 @@ impl Outgoing {
             payload,
             dedup: None,
             ordered: false,
+            due: None,
+            expiry: None,
         }
     }
 
@@ -191,6 +222,36 @@ impl Outgoing {
         self
     }
 
+    /// Delivers it at this instant, or now if that is past; never earlier by the database's clock. No instant is too far away.
+    ///
+    /// Until then it can be cancelled and rescheduled by its id ([`Publish::cancel`](crate::Publish::cancel),
+    /// [`Publish::reschedule`](crate::Publish::reschedule)). It takes its place in its key's order when it becomes due: messages that were
+    /// published before that are before it. Costs one more row while it waits.
+    pub fn deliver_at(mut self, instant: DateTime<Utc>) -> Self {
+        self.due = Some(When::At(instant));
+        self
+    }
+
+    /// As [`deliver_at`](Self::deliver_at), after a span from now by the database's clock. At most 10,000 years.
+    pub fn delay(mut self, span: Duration) -> Self {
+        self.due = Some(When::In(span));
+        self
+    }
+
+    /// From this instant on it is no longer handled: an expired message is settled and counted instead of run. By default a message does not
+    /// expire.
+    pub fn expires_at(mut self, instant: DateTime<Utc>) -> Self {
+        self.expiry = Some(When::At(instant));
+        self
+    }
+
+    /// As [`expires_at`](Self::expires_at), after a span from when it is published, or from when it is due if that is later. More than zero, and
+    /// at most 10,000 years.
+    pub fn expires_in(mut self, span: Duration) -> Self {
+        self.expiry = Some(When::In(span));
+        self
+    }
+
     /// Checks every limit, so that the database refuses nothing later and the transaction stays usable.
     pub(crate) fn validate(self) -> Result<Valid> {
         if !is_name(&self.topic) {
@@ -218,6 +279,13 @@ impl Outgoing {
                 return Err(Error::InvalidDedupWindow(dedup.window));
             }
         }
+        if let Some(delay) = self.due.and_then(When::span).filter(|delay| *delay > MAX_SPAN) {
+            return Err(Error::InvalidDelay(delay));
+        }
+        let lifetime = self.expiry.and_then(When::span);
+        if let Some(lifetime) = lifetime.filter(|span| span.is_zero() || *span > MAX_SPAN) {
+            return Err(Error::InvalidLifetime(lifetime));
+        }
         let payload = self.payload?;
         let limit = PAYLOAD_LIMIT.load(Ordering::Relaxed);
         if payload.len() > limit {
@@ -236,6 +304,8 @@ impl Outgoing {
             payload,
             dedup: self.dedup,
             ordered: self.ordered,
+            due: self.due,
+            expiry: self.expiry,
         })
     }
 
@@ -271,6 +341,8 @@ pub(crate) struct Valid {
     pub(crate) payload: Vec<u8>,
     pub(crate) dedup: Option<Dedup>,
     pub(crate) ordered: bool,
+    pub(crate) due: Option<When>,
+    pub(crate) expiry: Option<When>,
 }
 
 /// Whether a text may name a topic, a message type or a consumer group.
@@ -348,6 +420,9 @@ mod tests {
             (ok().dedup_key(""), "deduplication key has 0 bytes"),
             (ok().dedup_key("a\0"), "deduplication key contains"),
             (ok().dedup_key("a").dedup_window(Duration::ZERO), "window"),
+            (ok().delay(Duration::MAX), "10,000 years"),
+            (ok().expires_in(Duration::ZERO), "more than zero"),
+            (ok().expires_in(Duration::MAX), "10,000 years"),
         ] {
             let error = refused(outgoing);
             assert!(error.contains(says), "{error:?} says {says:?}");

@@ -3,14 +3,16 @@
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::time::Duration;
 
+use chrono::{DateTime, TimeDelta, Utc};
 use sqlx::postgres::types::PgInterval;
 use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::id::MessageId;
-use crate::outgoing::{DEFAULT_DEDUP_WINDOW, Outgoing, Valid};
+use crate::outgoing::{DEFAULT_DEDUP_WINDOW, Outgoing, Valid, When};
 
 /// Publishes messages in a transaction: they are delivered if, and only if, it commits.
 ///
@@ -67,6 +69,37 @@ pub trait Publish: Send {
             .collect();
         async move { publish_batch(self.transaction(), valid?).await }
     }
+
+    /// Cancels a message that was published with [`deliver_at`](Outgoing::deliver_at) or [`delay`](Outgoing::delay) and is not yet due; takes
+    /// effect when the transaction commits.
+    ///
+    /// `true`: it was still pending, and if the transaction commits it will not be delivered. `false`: it was delivered, or cancelled, or
+    /// never scheduled. If it is being delivered or changed by another transaction just now, this waits for that and then knows.
+    fn cancel(&mut self, id: MessageId) -> impl Future<Output = Result<bool>> + Send {
+        async move {
+            Ok(sqlx::query_scalar(CANCEL)
+                .bind(id.as_uuid())
+                .fetch_one(self.transaction())
+                .await?)
+        }
+    }
+
+    /// Moves a scheduled message that is not yet due to another instant; one in the past means now. It answers as [`cancel`](Self::cancel) does.
+    ///
+    /// The message keeps its id and its expiry; among those that are due at the same instant it is the last.
+    fn reschedule(
+        &mut self,
+        id: MessageId,
+        instant: DateTime<Utc>,
+    ) -> impl Future<Output = Result<bool>> + Send {
+        async move {
+            Ok(sqlx::query_scalar(RESCHEDULE)
+                .bind(id.as_uuid())
+                .bind(storable(instant))
+                .fetch_one(self.transaction())
+                .await?)
+        }
+    }
 }
 
 impl Publish for Transaction<'_, Postgres> {
@@ -83,13 +116,18 @@ const INSERT: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers,
 const INSERT_BATCH: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload) \
      SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::text[], $7::bytea[])";
 
-/// Deduplication and the order lock live in SQL, so that every client has the same.
+const CANCEL: &str = "SELECT postbox.cancel($1)";
+const RESCHEDULE: &str = "SELECT postbox.reschedule($1, $2)";
+
+/// Deduplication, scheduling and expiry live in SQL, so that every client has the same.
 const PUBLISH_EACH: &str = "SELECT postbox.publish_bytes(id => m.id, topic => m.topic, type => m.type, key => m.key, \
          headers => m.headers, content_type => coalesce(m.content_type, 'application/json'), payload => m.payload, \
-         dedup_key => m.dedup_key, dedup_window => m.dedup_window) \
+         dedup_key => m.dedup_key, dedup_window => m.dedup_window, deliver_at => m.deliver_at, delay => m.delay, \
+         expires_at => m.expires_at, expires_in => m.expires_in) \
      FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::text[], $7::bytea[], $8::text[], \
-         $9::interval[]) WITH ORDINALITY \
-         AS m (id, topic, type, key, headers, content_type, payload, dedup_key, dedup_window, n) \
+         $9::interval[], $10::timestamptz[], $11::interval[], $12::timestamptz[], $13::interval[]) WITH ORDINALITY \
+         AS m (id, topic, type, key, headers, content_type, payload, dedup_key, dedup_window, deliver_at, delay, expires_at, \
+         expires_in, n) \
      ORDER BY m.n";
 
 /// In the order of the locks, so that two batches cannot deadlock on them. (Not of the keys: different ones may share a lock.)
@@ -100,7 +138,7 @@ const BATCH_ROWS: usize = 10_000;
 const BATCH_BYTES: usize = 32 * 1024 * 1024;
 
 async fn publish_one(connection: &mut PgConnection, message: Valid) -> Result<MessageId> {
-    if message.ordered || message.dedup.is_some() {
+    if message.ordered || message.is_special() {
         let ids = publish_batch(connection, vec![message]).await?;
         return Ok(ids[0]);
     }
@@ -167,11 +205,16 @@ struct Columns {
     payloads: Vec<Vec<u8>>,
     dedup_keys: Vec<Option<String>>,
     dedup_windows: Vec<PgInterval>,
-    deduplicates: bool,
+    deliver_at: Vec<Option<DateTime<Utc>>>,
+    delays: Vec<Option<PgInterval>>,
+    expires_at: Vec<Option<DateTime<Utc>>>,
+    lifetimes: Vec<Option<PgInterval>>,
+    has_special: bool,
 }
 
 impl Columns {
     fn push(&mut self, message: Valid) {
+        self.has_special |= message.is_special();
         self.ids.push(message.id.as_uuid());
         self.topics.push(message.topic);
         self.types.push(message.message_type);
@@ -179,24 +222,24 @@ impl Columns {
         self.headers.push(message.headers);
         self.content_types.push(message.content_type);
         self.payloads.push(message.payload);
-        self.deduplicates |= message.dedup.is_some();
         let window = message
             .dedup
             .as_ref()
             .map_or(DEFAULT_DEDUP_WINDOW, |dedup| dedup.window);
         self.dedup_keys.push(message.dedup.map(|dedup| dedup.key));
-        self.dedup_windows.push(PgInterval {
-            months: 0,
-            days: 0,
-            microseconds: i64::try_from(window.as_micros()).unwrap_or(i64::MAX),
-        });
+        self.dedup_windows.push(interval(window));
+        let (due, expiry) = (message.due, message.expiry);
+        self.deliver_at.push(due.and_then(When::at).map(storable));
+        self.delays.push(due.and_then(When::span).map(interval));
+        self.expires_at.push(expiry.and_then(When::at).map(storable));
+        self.lifetimes.push(expiry.and_then(When::span).map(interval));
     }
 
     async fn insert(self, connection: &mut PgConnection, ids: &mut Vec<MessageId>) -> Result<()> {
         let types: Vec<Option<&str>> = self.types.iter().map(Option::as_deref).collect();
         let content_types: Vec<Option<&str>> = self.content_types.iter().map(Option::as_deref).collect();
         let topics: Vec<&str> = self.topics.iter().map(Cow::as_ref).collect();
-        if self.deduplicates {
+        if self.has_special {
             let published: Vec<Uuid> = sqlx::query_scalar(PUBLISH_EACH)
                 .bind(&self.ids)
                 .bind(topics)
@@ -207,6 +250,10 @@ impl Columns {
                 .bind(&self.payloads)
                 .bind(&self.dedup_keys)
                 .bind(&self.dedup_windows)
+                .bind(&self.deliver_at)
+                .bind(&self.delays)
+                .bind(&self.expires_at)
+                .bind(&self.lifetimes)
                 .fetch_all(connection)
                 .await?;
             ids.extend(published.into_iter().map(MessageId::from));
@@ -225,4 +272,31 @@ impl Columns {
         }
         Ok(())
     }
+}
+
+impl Valid {
+    /// Whether it needs more than an append.
+    fn is_special(&self) -> bool {
+        self.dedup.is_some() || self.due.is_some() || self.expiry.is_some()
+    }
+}
+
+/// In whole microseconds, as PostgreSQL has them, and not shorter than asked for.
+pub(crate) fn interval(span: Duration) -> PgInterval {
+    PgInterval {
+        months: 0,
+        days: 0,
+        microseconds: i64::try_from(span.as_nanos().div_ceil(1_000)).unwrap_or(i64::MAX),
+    }
+}
+
+/// In whole microseconds and not earlier than asked for. What was before 1970 is past all the same, and PostgreSQL's calendar begins later
+/// than chrono's.
+fn storable(instant: DateTime<Utc>) -> DateTime<Utc> {
+    let rest = instant.timestamp_subsec_nanos() % 1_000;
+    let up = TimeDelta::nanoseconds(if rest == 0 { 0 } else { i64::from(1_000 - rest) });
+    instant
+        .checked_add_signed(up)
+        .unwrap_or(instant)
+        .max(DateTime::UNIX_EPOCH)
 }

@@ -43,6 +43,8 @@ pub struct TestDatabase {
     url: String,
     name: String,
     server: TestPostgres,
+    /// By how many microseconds its clock is ahead.
+    ahead: AtomicU64,
 }
 
 impl TestDatabase {
@@ -102,6 +104,7 @@ impl TestDatabase {
             url,
             name,
             server,
+            ahead: AtomicU64::new(0),
         })
     }
 
@@ -136,6 +139,27 @@ impl TestDatabase {
     /// The database's name. It needs no quotes in SQL.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Moves the clock of this database's messages forward: what becomes due by that is delivered, what expires does, and so on. Calls add up.
+    /// Leases and heartbeats go by the real clock, so consumers do not seem dead.
+    ///
+    /// # Errors
+    /// Where the database has no schema of Postbox, or cannot be reached.
+    pub async fn advance(&self, span: Duration) -> Result<(), Error> {
+        let span = u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
+        let ahead = span + self.ahead.fetch_add(span, Ordering::Relaxed);
+        let mut connection = self.connect().await?;
+        let clock = format!(
+            "create or replace function postbox.clock() returns timestamptz language sql volatile parallel safe \
+             return clock_timestamp() + interval '{ahead} microseconds'"
+        );
+        execute(&mut connection, clock).await?;
+        // The dispatchers need not find out by themselves.
+        for channel in ["postbox_scheduled", "postbox_cron"] {
+            execute(&mut connection, format!("notify {channel}")).await?;
+        }
+        connection.close().await.map_err(Error::sql("disconnect"))
     }
 
     /// The server that the database is in.

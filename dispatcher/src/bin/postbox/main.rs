@@ -1,7 +1,8 @@
-//! The `postbox` command: creates the schema, dispatches, looks, publishes, consumes and measures.
+//! The `postbox` command: creates the schema, dispatches, looks, publishes, schedules, consumes and measures.
 
 mod bench;
 mod consume;
+mod cron;
 mod database;
 mod dead_letters;
 mod messages;
@@ -11,6 +12,7 @@ mod progress;
 mod publish;
 mod rebase;
 mod run;
+mod scheduled;
 mod shutdown;
 mod span;
 mod status;
@@ -49,6 +51,8 @@ enum Command {
     DeadLetters(dead_letters::Args),
     Rebase(rebase::Args),
     Bench(Box<bench::Args>),
+    Scheduled(scheduled::Args),
+    Cron(cron::Args),
 }
 
 /// Exit status of a command that only said what it would do.
@@ -72,6 +76,8 @@ async fn main() -> ExitCode {
         Command::DeadLetters(args) => dead_letters::run(&database, args).await,
         Command::Rebase(args) => rebase::run(&database, args).await,
         Command::Bench(args) => done(bench::run(&database, *args).await),
+        Command::Scheduled(args) => done(scheduled::run(&database, args).await),
+        Command::Cron(args) => done(cron::run(&database, args).await),
     };
     match result {
         Ok(code) => code,

@@ -3,8 +3,10 @@
 mod lines;
 
 use std::io::IsTerminal;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use chrono::{DateTime, Utc};
 use postbox::{MessageId, Outgoing, Publish};
 use sqlx::{PgPool, PgTransaction};
 use tokio::sync::mpsc::Receiver;
@@ -13,7 +15,7 @@ pub(crate) use self::lines::is_json;
 use self::lines::{BadLine, Body, Format, Line};
 use crate::database::Database;
 use crate::output::{Output, warn};
-use crate::{name, wrong_usage};
+use crate::{name, span, wrong_usage};
 
 /// Most lines in one transaction.
 const TRANSACTION: usize = 1_000;
@@ -56,6 +58,18 @@ pub(crate) struct Args {
     /// Publish at most once: for 24 h the same key publishes nothing again and prints the first message's id. For one message
     #[arg(long, value_name = "KEY", conflicts_with_all = ["input", "atomic"])]
     dedup_key: Option<String>,
+    /// Deliver at this instant, in RFC 3339 (2026-12-24T18:00:00+01:00); one in the past means now [default: now]
+    #[arg(long, value_name = "INSTANT", conflicts_with = "delay")]
+    at: Option<DateTime<Utc>>,
+    /// Deliver after this span, a number with ms, s, m or h [default: none]
+    #[arg(long, value_name = "SPAN", value_parser = span::parse)]
+    delay: Option<Duration>,
+    /// From this instant on it is not handled any more [default: it does not expire]
+    #[arg(long, value_name = "INSTANT", conflicts_with = "expires_in")]
+    expires_at: Option<DateTime<Utc>>,
+    /// As --expires-at, so long after it is delivered
+    #[arg(long, value_name = "SPAN", value_parser = span::parse)]
+    expires_in: Option<Duration>,
     /// Publish all lines in one transaction, or none
     #[arg(long)]
     atomic: bool,
@@ -219,6 +233,18 @@ impl Publisher {
         }
         if let Some(dedup_key) = &args.dedup_key {
             message = message.dedup_key(dedup_key.clone());
+        }
+        if let Some(instant) = args.at {
+            message = message.deliver_at(instant);
+        }
+        if let Some(delay) = args.delay {
+            message = message.delay(delay);
+        }
+        if let Some(instant) = args.expires_at {
+            message = message.expires_at(instant);
+        }
+        if let Some(span) = args.expires_in {
+            message = message.expires_in(span);
         }
         message
     }
