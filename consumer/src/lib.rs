@@ -45,7 +45,9 @@ mod session;
 mod settlement;
 mod state;
 mod subscription;
+mod throttle;
 mod topic_log;
+mod window;
 
 pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats, UnknownType};
 pub use dead_letter::DeadLetter;
@@ -57,3 +59,4 @@ pub use handler::{
 };
 pub use postbox_macros::{handler, handlers};
 pub use retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};
+pub use window::{DailyWindow, WindowError};

@@ -8,8 +8,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::expiry;
 use crate::sequencer::{Counters, Sequencer};
+use crate::{expiry, retention};
 
 const RECONNECT_FIRST: Duration = Duration::from_millis(50);
 const RECONNECT_LAST: Duration = Duration::from_secs(5);
@@ -23,6 +23,7 @@ const RECONNECT_LAST: Duration = Duration::from_secs(5);
 pub struct Dispatcher {
     pool: PgPool,
     tick: Duration,
+    retention: Option<Duration>,
 }
 
 impl Dispatcher {
@@ -31,6 +32,7 @@ impl Dispatcher {
         Self {
             pool,
             tick: Duration::from_millis(10),
+            retention: None,
         }
     }
 
@@ -40,11 +42,21 @@ impl Dispatcher {
         self
     }
 
+    /// How long messages are kept at least, whoever has consumed them: one minute to ten years. It is stored in the database, which has 3 days
+    /// until something else is said, and holds for all dispatchers; see [`retention::set_keep`].
+    pub fn retention(mut self, keep: Duration) -> Self {
+        self.retention = Some(keep);
+        self
+    }
+
     /// Starts in the background; returns once it is connected.
     ///
-    /// **Errors.** A schema that is missing, older or newer; a first connection that fails.
+    /// **Errors.** A schema that is missing, older or newer; a retention that is out of range; a first connection that fails.
     pub async fn start(self) -> Result<DispatcherHandle, postbox::Error> {
         postbox::check_schema(&self.pool).await?;
+        if let Some(keep) = self.retention {
+            retention::set_keep(&self.pool, keep).await?;
+        }
         let counters = Arc::new(Counters::default());
         let sequencer = Sequencer::connect(&self.pool, self.tick, counters.clone()).await?;
         let token = CancellationToken::new();
@@ -66,6 +78,7 @@ impl Dispatcher {
 
     async fn serve(self, first: Sequencer, counters: Arc<Counters>, token: CancellationToken) {
         let expiry = expiry::run(self.pool.clone());
+        let retention = retention::run(self.pool.clone());
         let sequencing = async {
             let mut sequencer = first;
             info!("dispatching");
@@ -79,6 +92,7 @@ impl Dispatcher {
         tokio::select! {
             () = token.cancelled() => {}
             () = expiry => {}
+            () = retention => {}
             () = sequencing => {}
         }
     }

@@ -14,8 +14,11 @@
 //! outbox.
 
 mod dispatcher;
+pub mod doctor;
 mod expiry;
+pub mod retention;
 mod sequencer;
 pub mod status;
+pub mod subscriptions;
 
 pub use dispatcher::{Dispatcher, DispatcherHandle};

@@ -128,6 +128,27 @@ impl TestDatabase {
             .map_err(Error::sql(format!("connect to {}", self.name)))
     }
 
+    /// Moves Postbox's time on, by so much more at every call: what is published from now on, due, expired or retained goes by the moved time.
+    /// Leases and heartbeats do not.
+    ///
+    /// # Errors
+    /// Where the database has no schema or does not answer.
+    pub async fn advance(&self, by: Duration) -> Result<(), Error> {
+        const MOVE: &str = "DO $$ BEGIN EXECUTE format(
+            'CREATE OR REPLACE FUNCTION postbox.clock() RETURNS timestamptz LANGUAGE sql VOLATILE PARALLEL SAFE
+             RETURN clock_timestamp() + interval ''%s microseconds''',
+            round(extract(epoch FROM postbox.clock() - clock_timestamp()) * 1000000) + current_setting('postbox_test.by')::numeric); END $$";
+        let moving = || Error::sql("move the clock");
+        let mut tx = self.pool.begin().await.map_err(moving())?;
+        sqlx::query("SELECT set_config('postbox_test.by', $1, true)")
+            .bind(by.as_micros().to_string())
+            .execute(&mut *tx)
+            .await
+            .map_err(moving())?;
+        sqlx::raw_sql(MOVE).execute(&mut *tx).await.map_err(moving())?;
+        tx.commit().await.map_err(moving())
+    }
+
     /// For programs and libraries that connect by themselves.
     pub fn url(&self) -> &str {
         &self.url

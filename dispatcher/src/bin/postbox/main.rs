@@ -2,6 +2,7 @@
 
 mod consume;
 mod database;
+mod doctor;
 mod migrate;
 mod output;
 mod publish;
@@ -9,6 +10,7 @@ mod run;
 mod shutdown;
 mod span;
 mod status;
+mod subscriptions;
 mod table;
 
 use std::io::IsTerminal;
@@ -37,6 +39,9 @@ enum Command {
     Migrate(migrate::Args),
     Run(run::Args),
     Status(status::Args),
+    Doctor(doctor::Args),
+    #[command(subcommand)]
+    Subscriptions(subscriptions::Command),
     Publish(publish::Args),
     Consume(consume::Args),
 }
@@ -52,6 +57,8 @@ async fn main() -> ExitCode {
         Command::Migrate(args) => migrate::run(&database, args).await,
         Command::Run(args) => run::run(&database, args).await,
         Command::Status(args) => status::run(&database, args).await,
+        Command::Doctor(args) => doctor::run(&database, args).await,
+        Command::Subscriptions(command) => subscriptions::run(&database, command).await,
         Command::Publish(args) => publish::run(&database, args).await,
         Command::Consume(args) => consume::run(&database, args).await,
     };
