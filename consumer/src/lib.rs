@@ -29,15 +29,19 @@
 //! ```
 
 mod block;
+mod breaker;
 mod consumer;
 mod dead_letter;
 mod error;
 mod executor;
 mod extract;
 mod handler;
+mod journal;
 mod lane;
 mod process;
 mod progress;
+mod record;
+mod redelivery;
 mod replay;
 mod retry;
 mod router;
