@@ -247,7 +247,7 @@ DECLARE
     topics_now text[];
     ends_now   bigint[];
     look    pg_snapshot;
-    found   boolean;
+    unseen  boolean;
 BEGIN
     messages := 0;
     bytes := 0;
@@ -311,8 +311,8 @@ BEGIN
     -- What the next step of the sequencer would find in it.
     SELECT t.snapshot INTO look FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
     EXECUTE format('SELECT EXISTS (SELECT FROM %1$s o WHERE o.xid >= $1) OR EXISTS (SELECT FROM %1$s o WHERE o.xid = ANY ($2))', outbox)
-        INTO found USING pg_snapshot_xmax(look), ARRAY(SELECT pg_snapshot_xip(look));
-    IF found THEN
+        INTO unseen USING pg_snapshot_xmax(look), ARRAY(SELECT pg_snapshot_xip(look));
+    IF unseen THEN
         outcome := 'unsequenced';
         RETURN;
     END IF;
@@ -338,13 +338,13 @@ CREATE FUNCTION postbox.truncate_checkpoints(of_slot smallint) RETURNS text
 #variable_conflict use_column
 DECLARE
     checkpoint text := format('postbox.checkpoint_%s', of_slot);
-    found      boolean;
+    filled     boolean;
 BEGIN
-    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', checkpoint) INTO found;
-    IF postbox.slot_in_use(of_slot) OR NOT found OR NOT postbox.begin_truncation()
+    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', checkpoint) INTO filled;
+    IF postbox.slot_in_use(of_slot) OR NOT filled OR NOT postbox.begin_truncation()
         OR postbox.slot_held_by(ARRAY[checkpoint::regclass]) IS NOT NULL
     THEN
-        RETURN CASE WHEN found THEN 'busy' ELSE 'empty' END;
+        RETURN CASE WHEN filled THEN 'busy' ELSE 'empty' END;
     END IF;
     -- Before the table, as a claim does: no claim is under way, and the next one's look is newer than this.
     PERFORM FROM postbox.lane l ORDER BY l.subscription_id, l.lane FOR NO KEY UPDATE NOWAIT;
@@ -368,13 +368,13 @@ CREATE FUNCTION postbox.truncate_settlements(of_slot smallint) RETURNS text
 #variable_conflict use_column
 DECLARE
     settlement text := format('postbox.settlement_%s', of_slot);
-    found      boolean;
+    filled     boolean;
 BEGIN
-    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', settlement) INTO found;
-    IF postbox.slot_in_use(of_slot) OR NOT found OR NOT postbox.begin_truncation()
+    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', settlement) INTO filled;
+    IF postbox.slot_in_use(of_slot) OR NOT filled OR NOT postbox.begin_truncation()
         OR postbox.slot_held_by(ARRAY[settlement::regclass]) IS NOT NULL
     THEN
-        RETURN CASE WHEN found THEN 'busy' ELSE 'empty' END;
+        RETURN CASE WHEN filled THEN 'busy' ELSE 'empty' END;
     END IF;
     PERFORM FROM postbox.lane l ORDER BY l.subscription_id, l.lane FOR NO KEY UPDATE NOWAIT;
     EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', settlement);
@@ -399,14 +399,14 @@ CREATE FUNCTION postbox.truncate_ticks(of_slot smallint) RETURNS text
     SET lock_timeout = '25ms' SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-    tick  text := format('postbox.tick_%s', of_slot);
-    found boolean;
+    tick   text := format('postbox.tick_%s', of_slot);
+    filled boolean;
 BEGIN
-    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', tick) INTO found;
-    IF postbox.slot_in_use(of_slot) OR NOT found OR NOT postbox.begin_truncation()
+    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', tick) INTO filled;
+    IF postbox.slot_in_use(of_slot) OR NOT filled OR NOT postbox.begin_truncation()
         OR postbox.slot_held_by(ARRAY[tick::regclass]) IS NOT NULL
     THEN
-        RETURN CASE WHEN found THEN 'busy' ELSE 'empty' END;
+        RETURN CASE WHEN filled THEN 'busy' ELSE 'empty' END;
     END IF;
     -- No step is under way, and the next one's look is newer than this.
     PERFORM pg_advisory_xact_lock(1347571761, 1);

@@ -38,6 +38,7 @@ mod extract;
 mod handler;
 mod journal;
 mod lane;
+mod pace;
 mod process;
 mod progress;
 mod record;

@@ -359,7 +359,7 @@ async fn subscriptions(pool: &PgPool) -> Result<Vec<Finding>, postbox::Error> {
             0 => String::new(),
             messages => format!(
                 "; it holds back {messages} messages ({} MB) that are older than messages are kept",
-                subscription.held_bytes.div_ceil(1_000_000)
+                megabytes(subscription.held_bytes)
             ),
         };
         let backlog = subscription.backlog;
@@ -401,6 +401,11 @@ async fn subscriptions(pool: &PgPool) -> Result<Vec<Finding>, postbox::Error> {
         }
     }
     Ok(findings)
+}
+
+/// Rounded up.
+fn megabytes(bytes: i64) -> i64 {
+    (bytes + 999_999) / 1_000_000
 }
 
 fn span(seconds: f64) -> String {

@@ -10,12 +10,7 @@ use sqlx::{FromRow, PgPool};
 pub struct Status {
     /// Version of the schema.
     pub schema_version: i32,
-    /// The subscriptions alone, by group and topic.
-pub async fn subscriptions(pool: &PgPool) -> Result<Vec<SubscriptionStatus>, postbox::Error> {
-    Ok(sqlx::query_as(SUBSCRIPTIONS).fetch_all(pool).await?)
-}
-
-/// How many dispatchers are connected.
+    /// How many dispatchers are connected.
     pub dispatchers: i64,
     /// When the newest messages were sequenced.
     pub last_tick_at: Option<DateTime<Utc>>,
@@ -174,6 +169,11 @@ pub async fn read(pool: &PgPool) -> Result<Status, postbox::Error> {
         subscriptions: subscriptions(pool).await?,
         consumers: sqlx::query_as(CONSUMERS).fetch_all(pool).await?,
     })
+}
+
+/// The subscriptions alone, by group and topic.
+pub async fn subscriptions(pool: &PgPool) -> Result<Vec<SubscriptionStatus>, postbox::Error> {
+    Ok(sqlx::query_as(SUBSCRIPTIONS).fetch_all(pool).await?)
 }
 
 /// The subscriptions alone, by group and topic.

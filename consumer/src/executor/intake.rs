@@ -113,9 +113,10 @@ impl Executor {
 
     /// There is room, and what is taken in may be expected to succeed.
     fn may_take_in(&self) -> bool {
-        self.unsettled.len() < self.plan.window && self.intake() == Intake::Closed
-            // Nothing that is in memory can be the probe, so it is the next message.
-            || self.wants_probe()
+        self.open
+            && (self.unsettled.len() < self.plan.window && self.intake() == Intake::Closed
+                // Nothing that is in memory can be the probe, so it is the next message.
+                || self.wants_probe())
     }
 
     /// Takes in messages of blocks that were read; says whether there were any.

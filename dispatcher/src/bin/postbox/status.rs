@@ -55,7 +55,7 @@ fn summary(status: &Status, now: DateTime<Utc>) -> String {
         "Schema version  {}\nDispatchers     {dispatchers}\nLast tick       {last_tick}\nRetention       {}, {} MB in the ring",
         status.schema_version,
         age(TimeDelta::milliseconds((status.keep_seconds * 1000.0) as i64)),
-        bytes.div_ceil(1_000_000)
+        megabytes(bytes)
     )
 }
 
@@ -72,7 +72,7 @@ fn stuck(status: &Status) -> impl Iterator<Item = String> {
                 subscription.group_name,
                 subscription.topic,
                 subscription.held_messages,
-                subscription.held_bytes.div_ceil(1_000_000)
+                megabytes(subscription.held_bytes)
             )
         })
 }
@@ -133,6 +133,11 @@ fn consumers(consumers: &[ConsumerStatus], now: DateTime<Utc>) -> Table {
         ]);
     }
     table
+}
+
+/// Rounded up.
+pub(crate) fn megabytes(bytes: i64) -> i64 {
+    (bytes + 999_999) / 1_000_000
 }
 
 fn instant(at: DateTime<Utc>, now: DateTime<Utc>) -> String {

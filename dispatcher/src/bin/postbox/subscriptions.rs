@@ -188,7 +188,7 @@ fn table(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Table {
             .map_or_else(|| "-".to_owned(), |at| crate::status::age(now - at));
         let held = match subscription.held_messages {
             0 => "-".to_owned(),
-            messages => format!("{messages} ({} MB)", subscription.held_bytes.div_ceil(1_000_000)),
+            messages => format!("{messages} ({} MB)", crate::status::megabytes(subscription.held_bytes)),
         };
         table.row([
             subscription.group_name.as_str().into(),
