@@ -76,7 +76,9 @@ impl Pacer {
         {
             Ok(window) => self.window = window,
             // What was understood last stays: neither to stop for a typing error nor to run at the wrong time.
-            Err(error) => warn!(subscription = settings.id, %error, "the subscription's window cannot be understood"),
+            Err(error) => {
+                warn!(subscription = settings.id, %error, "the subscription's window cannot be understood")
+            }
         }
         self.settings = Some(settings.clone());
     }

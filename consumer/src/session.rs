@@ -19,8 +19,8 @@ use tracing::{debug, info, warn};
 
 use crate::error::Error;
 use crate::executor::{Claim, Command, Event, Executor, Membership};
-use crate::pace::{PaceSettings, Pacer};
 use crate::lane::{LaneRow, OwnedLane, plan};
+use crate::pace::{PaceSettings, Pacer};
 use crate::process::Process;
 use crate::progress::{Lease, Progress, Snapshot};
 use crate::record::Columns;

@@ -107,7 +107,10 @@ mod tests {
                 throttle.spend();
                 started += 1;
             }
-            now = throttle.ready_at().expect("limited").max(now + Duration::from_micros(10));
+            now = throttle
+                .ready_at()
+                .expect("limited")
+                .max(now + Duration::from_micros(10));
         }
         (started, now)
     }
@@ -144,7 +147,10 @@ mod tests {
         let mut throttle = Throttle::new(begun);
         assert!(throttle.allows(begun), "without a limit all may start");
         throttle.set(Some(10.0), begun);
-        assert!(!throttle.allows(begun), "nothing is saved up while there is no limit");
+        assert!(
+            !throttle.allows(begun),
+            "nothing is saved up while there is no limit"
+        );
         let (_, now) = run(&mut throttle, begun, Duration::from_secs(2));
         throttle.set(Some(1_000.0), now);
         let (started, now) = run(&mut throttle, now, Duration::from_secs(1));

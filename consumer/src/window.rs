@@ -53,7 +53,9 @@ fn minute_of(time: NaiveTime) -> u16 {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WindowError {
     /// A span is not of the form `22:00-06:00`.
-    #[error("{0:?} is not a span of the day: write it as 22:00-06:00, with hours 00 to 24; a whole day is 00:00-24:00")]
+    #[error(
+        "{0:?} is not a span of the day: write it as 22:00-06:00, with hours 00 to 24; a whole day is 00:00-24:00"
+    )]
     Span(String),
     /// The time zone is not known.
     #[error("{0:?} is not a time zone: use an IANA name such as Europe/Berlin or UTC")]
@@ -66,9 +68,7 @@ impl FromStr for DailyWindow {
     fn from_str(text: &str) -> Result<Self, WindowError> {
         let (spans, zone) = text.trim().split_once(' ').unwrap_or((text.trim(), "UTC"));
         let zone = zone.trim();
-        let zone = zone
-            .parse()
-            .map_err(|_| WindowError::Zone(zone.to_owned()))?;
+        let zone = zone.parse().map_err(|_| WindowError::Zone(zone.to_owned()))?;
         let spans = spans
             .split(',')
             .map(|span| parse_span(span).ok_or_else(|| WindowError::Span(span.to_owned())))
@@ -99,7 +99,14 @@ impl fmt::Display for DailyWindow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, (from, to)) in self.spans.iter().enumerate() {
             let comma = if n == 0 { "" } else { "," };
-            write!(f, "{comma}{:02}:{:02}-{:02}:{:02}", from / 60, from % 60, to / 60, to % 60)?;
+            write!(
+                f,
+                "{comma}{:02}:{:02}-{:02}:{:02}",
+                from / 60,
+                from % 60,
+                to / 60,
+                to % 60
+            )?;
         }
         write!(f, " {}", self.zone)
     }
@@ -182,14 +189,20 @@ mod tests {
         let spans = window("00:00-06:00,12:00-13:00,20:00-24:00 UTC");
         assert_eq!(
             changes(&spans, "2026-05-01T08:00:00Z"),
-            ["01T12:00", "01T13:00", "01T20:00", "02T06:00", "02T12:00", "02T13:00", "02T20:00", "03T06:00"]
+            [
+                "01T12:00", "01T13:00", "01T20:00", "02T06:00", "02T12:00", "02T13:00", "02T20:00",
+                "03T06:00"
+            ]
         );
         assert!(changes(&window("00:00-24:00"), "2026-05-01T08:00:00Z").is_empty());
     }
 
     #[test]
     fn it_is_written_as_it_is_read() {
-        for text in ["22:00-06:00 Europe/Berlin", "00:00-06:00,12:00-24:00 America/New_York"] {
+        for text in [
+            "22:00-06:00 Europe/Berlin",
+            "00:00-06:00,12:00-24:00 America/New_York",
+        ] {
             assert_eq!(window(text).to_string(), text);
         }
         assert_eq!(window("01:00-02:00").to_string(), "01:00-02:00 UTC");
@@ -197,10 +210,25 @@ mod tests {
 
     #[test]
     fn a_mistake_is_named() {
-        for wrong in ["", "22:00", "22-06", "22:00-22:00", "24:00-06:00", "25:00-26:00", "1:00-2:00", "01:60-02:00"] {
-            assert!(matches!(wrong.parse::<DailyWindow>(), Err(WindowError::Span(_))), "{wrong:?}");
+        for wrong in [
+            "",
+            "22:00",
+            "22-06",
+            "22:00-22:00",
+            "24:00-06:00",
+            "25:00-26:00",
+            "1:00-2:00",
+            "01:60-02:00",
+        ] {
+            assert!(
+                matches!(wrong.parse::<DailyWindow>(), Err(WindowError::Span(_))),
+                "{wrong:?}"
+            );
         }
         let error = "22:00-06:00 Berlin".parse::<DailyWindow>().unwrap_err();
-        assert!(error.to_string().contains("\"Berlin\" is not a time zone"), "{error}");
+        assert!(
+            error.to_string().contains("\"Berlin\" is not a time zone"),
+            "{error}"
+        );
     }
 }

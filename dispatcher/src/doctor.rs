@@ -259,7 +259,9 @@ const MISSING: &str = "SELECT privilege FROM (VALUES \
      ) AS p (privilege, granted) WHERE NOT granted";
 
 async fn privileges(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
-    let role: String = sqlx::query_scalar("SELECT current_user::text").fetch_one(pool).await?;
+    let role: String = sqlx::query_scalar("SELECT current_user::text")
+        .fetch_one(pool)
+        .await?;
     let missing: Vec<String> = sqlx::query_scalar(MISSING).fetch_all(pool).await?;
     Ok(missing
         .iter()
@@ -306,8 +308,14 @@ async fn dispatching(pool: &PgPool) -> Result<Vec<Finding>, postbox::Error> {
     }
     if dispatchers == 0 {
         let (severity, what) = match sequencing.waiting {
-            true => (Severity::Error, "no dispatcher is connected, and messages wait for one"),
-            false => (Severity::Warning, "no dispatcher is connected: messages will wait for one"),
+            true => (
+                Severity::Error,
+                "no dispatcher is connected, and messages wait for one",
+            ),
+            false => (
+                Severity::Warning,
+                "no dispatcher is connected: messages will wait for one",
+            ),
         };
         findings.push(Finding::new(
             severity,
@@ -341,7 +349,10 @@ async fn dispatching(pool: &PgPool) -> Result<Vec<Finding>, postbox::Error> {
         findings.push(Finding::new(
             Severity::Warning,
             "clock",
-            format!("postbox.clock() differs from the server's clock by {:.0} s", sequencing.moved),
+            format!(
+                "postbox.clock() differs from the server's clock by {:.0} s",
+                sequencing.moved
+            ),
             "that is for tests: create the function again as in the first migration",
         ));
     }

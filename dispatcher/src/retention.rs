@@ -19,7 +19,8 @@ const SLOTS: i16 = 8;
 /// Checks are newer than locks only if every statement has a snapshot of its own.
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 
-const TRUNCATE_LOG: &str = "SELECT $1 AS slot, outcome, messages, bytes, detail FROM postbox.truncate_log($1)";
+const TRUNCATE_LOG: &str =
+    "SELECT $1 AS slot, outcome, messages, bytes, detail FROM postbox.truncate_log($1)";
 
 /// Each alone: none depends on another.
 const TRUNCATE_REST: [&str; 3] = [
@@ -88,7 +89,12 @@ pub async fn turn(pool: &PgPool) -> Result<Turn, postbox::Error> {
         }
         let log = log(&mut connection, slot).await?;
         if log.outcome == "truncated" {
-            info!(slot, messages = log.messages, bytes = log.bytes, "truncated a slot");
+            info!(
+                slot,
+                messages = log.messages,
+                bytes = log.bytes,
+                "truncated a slot"
+            );
         }
         turn.slots.push(log);
     }
@@ -106,10 +112,7 @@ pub async fn turn(pool: &PgPool) -> Result<Turn, postbox::Error> {
 
 async fn log(connection: &mut PgConnection, slot: i16) -> Result<SlotTurn, sqlx::Error> {
     let mut tx = connection.begin_with(BEGIN).await?;
-    let truncated = sqlx::query_as(TRUNCATE_LOG)
-        .bind(slot)
-        .fetch_one(&mut *tx)
-        .await;
+    let truncated = sqlx::query_as(TRUNCATE_LOG).bind(slot).fetch_one(&mut *tx).await;
     match truncated {
         Ok(row) => {
             tx.commit().await?;

@@ -79,11 +79,11 @@ pub enum Change {
     DrainWindow(Option<DailyWindow>),
 }
 
-const PAUSED: &str = "UPDATE postbox.subscription SET paused = $3 WHERE group_name = $1 AND topic = coalesce($2, topic)";
+const PAUSED: &str =
+    "UPDATE postbox.subscription SET paused = $3 WHERE group_name = $1 AND topic = coalesce($2, topic)";
 const RATE_LIMIT: &str =
     "UPDATE postbox.subscription SET rate_limit = $3 WHERE group_name = $1 AND topic = coalesce($2, topic)";
-const INSTANCE_RATE_LIMIT: &str =
-    "UPDATE postbox.subscription SET instance_rate_limit = $3 WHERE group_name = $1 AND topic = coalesce($2, topic)";
+const INSTANCE_RATE_LIMIT: &str = "UPDATE postbox.subscription SET instance_rate_limit = $3 WHERE group_name = $1 AND topic = coalesce($2, topic)";
 const DRAIN_WINDOW: &str =
     "UPDATE postbox.subscription SET drain_window = $3 WHERE group_name = $1 AND topic = coalesce($2, topic)";
 
@@ -146,7 +146,8 @@ pub async fn resolve(pool: &PgPool, topic: &str, position: Position) -> Result<i
 pub async fn seek(pool: &PgPool, subscription: i32, to: Position) -> Result<i64, postbox::Error> {
     let (start, value) = to.to_sql();
     let mut connection = pool.acquire().await?;
-    let mut tx = sqlx::Connection::begin_with(&mut *connection, "BEGIN ISOLATION LEVEL READ COMMITTED").await?;
+    let mut tx =
+        sqlx::Connection::begin_with(&mut *connection, "BEGIN ISOLATION LEVEL READ COMMITTED").await?;
     let offset = sqlx::query_scalar("SELECT postbox.seek($1, $2, $3)")
         .bind(subscription)
         .bind(start)

@@ -16,20 +16,31 @@ async fn handle(step: Step, State(history): State<History>) {
 }
 
 async fn change(bench: &Bench, change: Change) {
-    let changed = subscriptions::change(bench.db.pool(), "paced", None, &change).await.unwrap();
+    let changed = subscriptions::change(bench.db.pool(), "paced", None, &change)
+        .await
+        .unwrap();
     assert_eq!(changed, 1);
 }
 
 /// How many runs began in each of these seconds.
 fn in_span(history: &History, from: Instant, span: Duration) -> usize {
-    history.runs().iter().filter(|run| run.began >= from && run.began < from + span).count()
+    history
+        .runs()
+        .iter()
+        .filter(|run| run.began >= from && run.began < from + span)
+        .count()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_stops_within_a_second_and_a_resume_goes_on() {
     let bench = bench().await;
     let history = History::default();
-    let consumer = bench.consumer(handlers![handle]).state(history.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![handle])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     change(&bench, Change::RateLimit(Some(500.0))).await;
     publish_steps(&bench.pool(), &steps(50, 60)).await;
     history.has(100).await;
@@ -39,9 +50,18 @@ async fn a_pause_stops_within_a_second_and_a_resume_goes_on() {
     let then = history.len();
     assert!(then < 3_000);
     tokio::time::sleep(Duration::from_secs(2)).await;
-    assert_eq!(history.len(), then, "something ran later than a second after the pause, at {paused:?}");
-    let status = postbox_dispatcher::status::subscriptions(bench.db.pool()).await.unwrap();
-    assert!(status[0].paused && status[0].backlog == 3_000 - then as i64, "{status:?}");
+    assert_eq!(
+        history.len(),
+        then,
+        "something ran later than a second after the pause, at {paused:?}"
+    );
+    let status = postbox_dispatcher::status::subscriptions(bench.db.pool())
+        .await
+        .unwrap();
+    assert!(
+        status[0].paused && status[0].backlog == 3_000 - then as i64,
+        "{status:?}"
+    );
     change(&bench, Change::RateLimit(None)).await;
     change(&bench, Change::Paused(false)).await;
     history.has(3_000).await;
@@ -53,13 +73,25 @@ async fn a_pause_stops_within_a_second_and_a_resume_goes_on() {
 async fn a_consumer_that_starts_paused_runs_nothing() {
     let bench = bench().await;
     let history = History::default();
-    let consumer = bench.consumer(handlers![handle]).state(history.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![handle])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     consumer.shutdown().await.unwrap();
     change(&bench, Change::Paused(true)).await;
     publish_steps(&bench.pool(), &steps(5, 5)).await;
-    let consumer = bench.consumer(handlers![handle]).state(history.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![handle])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     eventually(PATIENCE, async || {
-        let owned = bench.number("SELECT count(*) FROM postbox.lane WHERE consumer_id IS NOT NULL").await;
+        let owned = bench
+            .number("SELECT count(*) FROM postbox.lane WHERE consumer_id IS NOT NULL")
+            .await;
         if owned == 32 { Ok(()) } else { Err(owned) }
     })
     .await;
@@ -75,11 +107,21 @@ async fn a_consumer_that_starts_paused_runs_nothing() {
 async fn a_group_limit_holds_over_two_instances_and_an_instance_limit_for_each() {
     let bench = bench().await;
     let (first, second) = (History::default(), History::default());
-    let one = bench.consumer(handlers![handle]).state(first.clone()).start().await.unwrap();
+    let one = bench
+        .consumer(handlers![handle])
+        .state(first.clone())
+        .start()
+        .await
+        .unwrap();
     change(&bench, Change::Paused(true)).await;
     change(&bench, Change::RateLimit(Some(800.0))).await;
     publish_steps(&bench.pool(), &steps(640, 20)).await;
-    let two = bench.consumer(handlers![handle]).state(second.clone()).start().await.unwrap();
+    let two = bench
+        .consumer(handlers![handle])
+        .state(second.clone())
+        .start()
+        .await
+        .unwrap();
     eventually(PATIENCE, async || {
         let least = bench
             .number("SELECT coalesce(min(n), 0) FROM (SELECT count(*) n FROM postbox.lane WHERE consumer_id IS NOT NULL GROUP BY consumer_id) t")
@@ -90,7 +132,11 @@ async fn a_group_limit_holds_over_two_instances_and_an_instance_limit_for_each()
     change(&bench, Change::Paused(false)).await;
     let before = first.len() + second.len();
     eventually(PATIENCE, async || {
-        if first.len() + second.len() > before { Ok(()) } else { Err("nothing runs") }
+        if first.len() + second.len() > before {
+            Ok(())
+        } else {
+            Err("nothing runs")
+        }
     })
     .await;
     let from = Instant::now();
@@ -121,7 +167,12 @@ async fn a_group_limit_holds_over_two_instances_and_an_instance_limit_for_each()
 async fn a_window_opens_and_closes_by_the_clock_of_its_zone() {
     let bench = bench().await;
     let history = History::default();
-    let consumer = bench.consumer(handlers![handle]).state(history.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![handle])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     // Noon in Berlin on the next day.
     let to_noon: f64 = sqlx::query_scalar(
         "SELECT extract(epoch FROM (date_trunc('day', now() AT TIME ZONE 'Europe/Berlin') + interval '36 hours') \
@@ -131,7 +182,11 @@ async fn a_window_opens_and_closes_by_the_clock_of_its_zone() {
     .await
     .unwrap();
     bench.db.advance(Duration::from_secs_f64(to_noon)).await.unwrap();
-    change(&bench, Change::DrainWindow(Some("22:00-06:00 Europe/Berlin".parse().unwrap()))).await;
+    change(
+        &bench,
+        Change::DrainWindow(Some("22:00-06:00 Europe/Berlin".parse().unwrap())),
+    )
+    .await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let hour = Duration::from_secs(3600);
     let mut n = 0;

@@ -39,12 +39,18 @@ async fn write(step: Step, mut tx: Tx) -> Result<(), HandlerError> {
 #[handler(group = "replayed")]
 async fn note_replays(step: Step, delivery: Delivery, State(history): State<History>) {
     let replayed = delivery.headers.get("postbox-replayed").is_some();
-    let key = if replayed { format!("replayed {}", step.key) } else { step.key.clone() };
+    let key = if replayed {
+        format!("replayed {}", step.key)
+    } else {
+        step.key.clone()
+    };
     history.note(&Step { key, n: step.n }, Instant::now());
 }
 
 async fn find(bench: &Bench, group: &str) -> i32 {
-    subscriptions::find(bench.db.pool(), group, "steps").await.unwrap()
+    subscriptions::find(bench.db.pool(), group, "steps")
+        .await
+        .unwrap()
 }
 
 async fn seek(bench: &Bench, group: &str, to: Position) -> i64 {
@@ -56,7 +62,12 @@ async fn seek(bench: &Bench, group: &str, to: Position) -> i64 {
 async fn a_running_consumer_follows_a_seek_within_a_second() {
     let bench = bench().await;
     let history = History::default();
-    let consumer = bench.consumer(handlers![read]).state(history.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![read])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     publish_steps(&bench.pool(), &steps(10, 10)).await;
     history.has(100).await;
     settled(bench.db.pool(), "reader").await;
@@ -66,7 +77,10 @@ async fn a_running_consumer_follows_a_seek_within_a_second() {
     let followed = begun.elapsed();
     history.has(160).await;
     settled(bench.db.pool(), "reader").await;
-    assert!(followed < Duration::from_secs(1), "it followed after {followed:?}");
+    assert!(
+        followed < Duration::from_secs(1),
+        "it followed after {followed:?}"
+    );
     assert_eq!(history.len(), 160);
     for key in 0..10 {
         let again: Vec<i64> = (0..10).chain(4..10).collect();
@@ -94,7 +108,10 @@ async fn a_seek_while_handlers_run_never_runs_a_key_twice_at_once() {
     settled(bench.db.pool(), "reader").await;
     for (key, runs) in history.by_key() {
         for pair in runs.windows(2) {
-            assert!(pair[0].ended <= pair[1].began, "runs of key {key} overlap: {pair:?}");
+            assert!(
+                pair[0].ended <= pair[1].began,
+                "runs of key {key} overlap: {pair:?}"
+            );
         }
         let last: Vec<i64> = runs[runs.len() - 4..].iter().map(|run| run.n).collect();
         assert_eq!(last, [0, 1, 2, 3], "key {key}");
@@ -116,14 +133,24 @@ async fn after_a_seek_transactional_handlers_run_again_from_there() {
     settled(bench.db.pool(), "writer").await;
     assert_eq!(bench.number("SELECT count(*) FROM written").await, 170);
     // Once each: what was settled before the seek is not taken for what comes after it, nor the other way round.
-    assert_eq!(bench.number("SELECT count(*) FROM (SELECT key, n FROM written GROUP BY 1, 2 HAVING count(*) = 2) t").await, 70);
+    assert_eq!(
+        bench
+            .number("SELECT count(*) FROM (SELECT key, n FROM written GROUP BY 1, 2 HAVING count(*) = 2) t")
+            .await,
+        70
+    );
     consumer.shutdown().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_seek_goes_by_offset_time_and_name_and_is_kept_within_what_is_retained() {
     let bench = bench().await;
-    let consumer = bench.consumer(handlers![read]).state(History::default()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![read])
+        .state(History::default())
+        .start()
+        .await
+        .unwrap();
     publish_steps(&bench.pool(), &steps(1, 10)).await;
     settled(bench.db.pool(), "reader").await;
     consumer.shutdown().await.unwrap();
@@ -145,8 +172,18 @@ async fn a_seek_goes_by_offset_time_and_name_and_is_kept_within_what_is_retained
         (Position::At(chrono::Utc::now() + Duration::from_secs(1800)), 10),
     ] {
         assert_eq!(seek(&bench, "reader", to).await, expected, "{to:?}");
-        assert_eq!(bench.number("SELECT count(*) FROM postbox.lane WHERE position <> 15").await == 0, expected == 15);
-        assert_eq!(bench.number("SELECT max(position) FROM postbox.lane").await, expected, "{to:?}");
+        assert_eq!(
+            bench
+                .number("SELECT count(*) FROM postbox.lane WHERE position <> 15")
+                .await
+                == 0,
+            expected == 15
+        );
+        assert_eq!(
+            bench.number("SELECT max(position) FROM postbox.lane").await,
+            expected,
+            "{to:?}"
+        );
     }
 }
 
@@ -155,8 +192,18 @@ async fn a_range_is_replayed_in_order_to_one_group_and_its_cursor_stays() {
     let bench = bench().await;
     let history = History::default();
     let other = History::default();
-    let consumer = bench.consumer(handlers![note_replays]).state(history.clone()).start().await.unwrap();
-    let second = bench.consumer(handlers![read]).state(other.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![note_replays])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
+    let second = bench
+        .consumer(handlers![read])
+        .state(other.clone())
+        .start()
+        .await
+        .unwrap();
     publish_steps(&bench.pool(), &steps(5, 100)).await;
     history.has(500).await;
     settled(bench.db.pool(), "replayed").await;
@@ -165,7 +212,9 @@ async fn a_range_is_replayed_in_order_to_one_group_and_its_cursor_stays() {
     let mut next = 100;
     let mut total = 0;
     while next < 400 {
-        let (reached, replayed) = subscriptions::replay(bench.db.pool(), id, next, 400, 128).await.unwrap();
+        let (reached, replayed) = subscriptions::replay(bench.db.pool(), id, next, 400, 128)
+            .await
+            .unwrap();
         (next, total) = (reached, total + replayed);
         // Messages that come meanwhile are delivered as ever.
         publish_steps(&bench.pool(), &[step("new", total)]).await;
@@ -173,7 +222,10 @@ async fn a_range_is_replayed_in_order_to_one_group_and_its_cursor_stays() {
     assert_eq!((next, total), (400, 300));
     history.has(803).await;
     for key in 0..5 {
-        assert_eq!(history.of(&format!("replayed {key}")), (20..80).collect::<Vec<i64>>());
+        assert_eq!(
+            history.of(&format!("replayed {key}")),
+            (20..80).collect::<Vec<i64>>()
+        );
     }
     settled(bench.db.pool(), "replayed").await;
     eventually(PATIENCE, async || {
@@ -185,7 +237,12 @@ async fn a_range_is_replayed_in_order_to_one_group_and_its_cursor_stays() {
     assert_eq!((history.len(), other.len()), (803, 503));
     // What is not settled comes anyway.
     let head = bench.number("SELECT postbox.next_offset('steps')").await;
-    assert_eq!(subscriptions::replay(bench.db.pool(), id, head, head + 10, 10).await.unwrap(), (head, 0));
+    assert_eq!(
+        subscriptions::replay(bench.db.pool(), id, head, head + 10, 10)
+            .await
+            .unwrap(),
+        (head, 0)
+    );
     consumer.shutdown().await.unwrap();
     second.shutdown().await.unwrap();
 }
@@ -205,7 +262,12 @@ async fn a_seek_back_takes_failed_messages_from_the_log_again_and_a_seek_on_keep
     assert_eq!(bench.number("SELECT count(*) FROM postbox.redelivery").await, 4);
     seek(&bench, "refuser", Position::Offset(1)).await;
     assert_eq!(bench.number("SELECT count(*) FROM postbox.redelivery").await, 1);
-    assert_eq!(bench.number("SELECT sum(messages)::bigint FROM postbox.subscription s, postbox.backlog(s.id)").await, 3);
+    assert_eq!(
+        bench
+            .number("SELECT sum(messages)::bigint FROM postbox.subscription s, postbox.backlog(s.id)")
+            .await,
+        3
+    );
 }
 
 #[handler(group = "refuser", retry(backoff = "fixed(1h)"))]

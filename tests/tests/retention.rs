@@ -54,7 +54,9 @@ async fn sequence(pool: &PgPool) {
 }
 
 async fn subscribe(pool: &PgPool, group: &str) {
-    let sql = format!("SELECT * FROM postbox.subscribe('{group}', 'steps', 4::smallint, 'key', NULL, 'earliest', NULL)");
+    let sql = format!(
+        "SELECT * FROM postbox.subscribe('{group}', 'steps', 4::smallint, 'key', NULL, 'earliest', NULL)"
+    );
     run(pool, &sql).await;
 }
 
@@ -126,7 +128,10 @@ async fn a_stuck_subscription_keeps_its_messages_and_is_named_with_what_it_holds
     }
     let turn = turned(pool).await;
     assert_eq!(outcome(&turn, slot).await, "held", "{turn:?}");
-    assert_eq!(turn.slots[slot as usize].detail.as_deref(), Some("stuck on steps"));
+    assert_eq!(
+        turn.slots[slot as usize].detail.as_deref(),
+        Some("stuck on steps")
+    );
     assert_eq!(number(pool, "SELECT count(*) FROM postbox.outbox").await, 50);
 
     let status = status::read(pool).await.unwrap();
@@ -134,9 +139,15 @@ async fn a_stuck_subscription_keeps_its_messages_and_is_named_with_what_it_holds
     assert_eq!((stuck.held_messages, stuck.backlog), (50, 50));
     assert!(stuck.held_bytes > 0 && stuck.held_since.is_some() && !stuck.live);
     let ring = &status.slots[slot as usize];
-    assert!(ring.overdue && ring.held_by.as_deref() == Some("stuck on steps"), "{ring:?}");
+    assert!(
+        ring.overdue && ring.held_by.as_deref() == Some("stuck on steps"),
+        "{ring:?}"
+    );
     let findings = doctor::examine(pool).await.unwrap();
-    let finding = findings.iter().find(|finding| finding.name == "no-consumer").unwrap();
+    let finding = findings
+        .iter()
+        .find(|finding| finding.name == "no-consumer")
+        .unwrap();
     assert!(
         finding.what.contains("stuck on steps") && finding.what.contains("holds back 50 messages"),
         "{finding:?}"
@@ -172,10 +183,21 @@ async fn one_lane_or_one_pending_message_is_enough_to_hold_a_slot() {
         next_slot(&db).await;
     }
     for (held, update) in [
-        (true, format!("UPDATE postbox.lane SET position = CASE lane WHEN {lane} THEN 49 ELSE 50 END")),
-        (true, "UPDATE postbox.lane SET position = 50, pending = '{7}'".to_owned()),
+        (
+            true,
+            format!("UPDATE postbox.lane SET position = CASE lane WHEN {lane} THEN 49 ELSE 50 END"),
+        ),
+        (
+            true,
+            "UPDATE postbox.lane SET position = 50, pending = '{7}'".to_owned(),
+        ),
         // Another lane's offset means nothing there.
-        (false, format!("UPDATE postbox.lane SET pending = CASE lane WHEN {other} THEN '{{7}}'::bigint[] ELSE '{{}}' END")),
+        (
+            false,
+            format!(
+                "UPDATE postbox.lane SET pending = CASE lane WHEN {other} THEN '{{7}}'::bigint[] ELSE '{{}}' END"
+            ),
+        ),
     ] {
         run(pool, &update).await;
         let expected = if held { "held" } else { "truncated" };
@@ -205,7 +227,13 @@ async fn a_transaction_older_than_its_slot_is_delivered_in_causal_order() {
     }
     let turn = retention::turn(pool).await.unwrap();
     assert_eq!(outcome(&turn, slot).await, "busy", "{turn:?}");
-    assert!(turn.slots[slot as usize].detail.as_deref().unwrap().starts_with("process "));
+    assert!(
+        turn.slots[slot as usize]
+            .detail
+            .as_deref()
+            .unwrap()
+            .starts_with("process ")
+    );
     tx.commit().await.unwrap();
     // Committed and not sequenced: it would be lost.
     let turn = turned(pool).await;
@@ -244,7 +272,10 @@ async fn a_prepared_transaction_keeps_its_slot() {
     }
     let turn = retention::turn(pool).await.unwrap();
     assert_eq!(outcome(&turn, slot).await, "busy", "{turn:?}");
-    assert_eq!(turn.slots[slot as usize].detail.as_deref(), Some("a prepared transaction"));
+    assert_eq!(
+        turn.slots[slot as usize].detail.as_deref(),
+        Some("a prepared transaction")
+    );
     run_on(&mut old, &format!("COMMIT PREPARED '{name}'")).await;
     assert_eq!(outcome(&turned(pool).await, slot).await, "unsequenced");
     sequence(pool).await;
@@ -252,7 +283,10 @@ async fn a_prepared_transaction_keeps_its_slot() {
 }
 
 async fn run_on(connection: &mut sqlx::PgConnection, sql: &str) {
-    sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(connection).await.unwrap();
+    sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
+        .execute(connection)
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -263,15 +297,28 @@ async fn where_a_lane_stands_outlives_its_checkpoints_and_settlements() {
     publish_steps(pool, &steps(5, 10)).await;
     sequence(pool).await;
     let lane = number(pool, "SELECT postbox.lane_at('steps', 7, 4)::bigint").await;
-    run(pool, "INSERT INTO postbox.consumer (name, pid, subscriptions, lease) VALUES ('c', 1, '{1}', '1h')").await;
-    run(pool, "SELECT * FROM postbox.claim(1, 1, '{0,1,2,3}', '{0,0,0,0}', '{f,f,f,f}')").await;
+    run(
+        pool,
+        "INSERT INTO postbox.consumer (name, pid, subscriptions, lease) VALUES ('c', 1, '{1}', '1h')",
+    )
+    .await;
+    run(
+        pool,
+        "SELECT * FROM postbox.claim(1, 1, '{0,1,2,3}', '{0,0,0,0}', '{f,f,f,f}')",
+    )
+    .await;
     run(pool, "SELECT postbox.checkpoint(1, '{1,1,1,1}', '{0,1,2,3}', '{1,1,1,1}', '{20,20,20,20}', '{1,1}', '{7,8}')").await;
     // Settled with its effect after the checkpoint: one that was pending, one beyond; and one that says nothing any more.
     run(pool, &format!("INSERT INTO postbox.settlement (subscription_id, lane, \"offset\") VALUES (1, {lane}, 7), (1, {lane}, 30), (1, {lane}, 2)")).await;
-    let claim = format!("SELECT position, pending, array(SELECT unnest(done) ORDER BY 1) FROM postbox.claim(1, 1, '{{{lane}}}', '{{1}}', '{{f}}')");
+    let claim = format!(
+        "SELECT position, pending, array(SELECT unnest(done) ORDER BY 1) FROM postbox.claim(1, 1, '{{{lane}}}', '{{1}}', '{{f}}')"
+    );
     let claim = || async {
         let mut tx = pool.begin().await.unwrap();
-        let row: (i64, Vec<i64>, Vec<i64>) = sqlx::query_as(AssertSqlSafe(claim.clone())).fetch_one(&mut *tx).await.unwrap();
+        let row: (i64, Vec<i64>, Vec<i64>) = sqlx::query_as(AssertSqlSafe(claim.clone()))
+            .fetch_one(&mut *tx)
+            .await
+            .unwrap();
         tx.rollback().await.unwrap();
         row
     };
@@ -284,7 +331,11 @@ async fn where_a_lane_stands_outlives_its_checkpoints_and_settlements() {
         assert_eq!(number(pool, "SELECT count(*) FROM postbox.settlement").await, 2);
     }
     // A checkpoint of the same owner counts again.
-    run(pool, "SELECT postbox.checkpoint(1, '{1,1,1,1}', '{0,1,2,3}', '{1,1,1,1}', '{40,40,40,40}', '{}', '{}')").await;
+    run(
+        pool,
+        "SELECT postbox.checkpoint(1, '{1,1,1,1}', '{0,1,2,3}', '{1,1,1,1}', '{40,40,40,40}', '{}', '{}')",
+    )
+    .await;
     assert_eq!(claim().await, (40, vec![], vec![]));
 }
 
@@ -300,9 +351,18 @@ async fn a_new_group_starts_at_the_earliest_retained() {
     let first = number(pool, "SELECT min(base) FROM postbox.segment").await;
     assert!(first > 0, "something was truncated");
     subscribe(pool, "late").await;
-    assert_eq!(number(pool, "SELECT min(position) FROM postbox.lane").await, first);
-    assert_eq!(number(pool, "SELECT postbox.start_offset('steps', 'offset', '0')").await, first);
-    assert_eq!(number(pool, "SELECT postbox.start_offset('steps', 'time', '2020-01-01')").await, first);
+    assert_eq!(
+        number(pool, "SELECT min(position) FROM postbox.lane").await,
+        first
+    );
+    assert_eq!(
+        number(pool, "SELECT postbox.start_offset('steps', 'offset', '0')").await,
+        first
+    );
+    assert_eq!(
+        number(pool, "SELECT postbox.start_offset('steps', 'time', '2020-01-01')").await,
+        first
+    );
 }
 
 #[tokio::test]
@@ -310,20 +370,32 @@ async fn a_topic_has_no_hole_above_its_first_offset() {
     let db = database().await;
     let pool = db.pool();
     // Another topic's subscription holds the first slot, not the second.
-    run(pool, "SELECT * FROM postbox.subscribe('stuck', 'other', 4::smallint, 'key', NULL, 'earliest', NULL)").await;
-    run(pool, "INSERT INTO postbox.outbox (topic, payload) VALUES ('other', 'x')").await;
+    run(
+        pool,
+        "SELECT * FROM postbox.subscribe('stuck', 'other', 4::smallint, 'key', NULL, 'earliest', NULL)",
+    )
+    .await;
+    run(
+        pool,
+        "INSERT INTO postbox.outbox (topic, payload) VALUES ('other', 'x')",
+    )
+    .await;
     for n in 0..8 {
         publish_steps(pool, &[step("a", n)]).await;
         sequence(pool).await;
         next_slot(&db).await;
     }
-    let bases: Vec<i64> = sqlx::query_scalar("SELECT base FROM postbox.segment WHERE topic = 'steps' ORDER BY base")
-        .fetch_all(pool)
-        .await
-        .unwrap();
+    let bases: Vec<i64> =
+        sqlx::query_scalar("SELECT base FROM postbox.segment WHERE topic = 'steps' ORDER BY base")
+            .fetch_all(pool)
+            .await
+            .unwrap();
     assert_eq!(bases[0], 0, "its slot is held");
     assert!(bases[1] > 1, "a later one is not: {bases:?}");
-    assert_eq!(number(pool, "SELECT postbox.first_offset('steps')").await, bases[1]);
+    assert_eq!(
+        number(pool, "SELECT postbox.first_offset('steps')").await,
+        bases[1]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -357,22 +429,34 @@ async fn several_turns_of_the_ring_under_load_lose_nothing_and_repeat_nothing() 
     history.has(100 * slots as usize).await;
     history.assert_in_order_and_alone(20, slots * 5);
     assert_eq!(bench.number("SELECT count(*) FROM written").await, 100 * slots);
-    assert_eq!(bench.number("SELECT count(DISTINCT (key, n)) FROM written").await, 100 * slots);
+    assert_eq!(
+        bench.number("SELECT count(DISTINCT (key, n)) FROM written").await,
+        100 * slots
+    );
     assert!(truncated >= 12, "{truncated} slots were truncated");
     assert!(bench.number("SELECT count(*) FROM postbox.outbox").await <= 100 * 9);
-    assert_eq!(bench.number("SELECT postbox.next_offset('steps')").await, 100 * slots);
+    assert_eq!(
+        bench.number("SELECT postbox.next_offset('steps')").await,
+        100 * slots
+    );
     consumer.shutdown().await.unwrap();
 }
 
 async fn settled_up_to(bench: &Bench, head: i64) {
     eventually(PATIENCE, async || {
         let next = bench.number("SELECT postbox.next_offset('steps')").await;
-        if next == head { Ok(()) } else { Err(format!("{next} of {head} sequenced")) }
+        if next == head {
+            Ok(())
+        } else {
+            Err(format!("{next} of {head} sequenced"))
+        }
     })
     .await;
     for group in ["keeper", "writer"] {
         eventually(PATIENCE, async || {
-            let status = status::subscriptions(bench.db.pool()).await.map_err(|error| error.to_string())?;
+            let status = status::subscriptions(bench.db.pool())
+                .await
+                .map_err(|error| error.to_string())?;
             match status.iter().find(|one| one.group_name == group) {
                 Some(one) if one.backlog == 0 => Ok(()),
                 other => Err(format!("{other:?}")),
@@ -396,7 +480,10 @@ async fn nobody_waits_for_a_truncation_that_cannot_have_its_lock() {
     // A reader that began just now, so that the truncation queues for its lock, and stays.
     let mut reader = bench.db.connect().await.unwrap();
     let mut tx = reader.begin().await.unwrap();
-    sqlx::query("SELECT count(*) FROM postbox.segment").execute(&mut *tx).await.unwrap();
+    sqlx::query("SELECT count(*) FROM postbox.segment")
+        .execute(&mut *tx)
+        .await
+        .unwrap();
     let truncating = async {
         let turn = retention::turn(&pool).await.unwrap();
         assert_eq!(turn.truncated(), 0, "{turn:?}");
@@ -408,8 +495,14 @@ async fn nobody_waits_for_a_truncation_that_cannot_have_its_lock() {
         let end = Instant::now() + Duration::from_millis(700);
         while Instant::now() < end {
             let begun = Instant::now();
-            sqlx::query("SELECT count(*) FROM postbox.segment WHERE topic = 'steps'").execute(&mut other).await.unwrap();
-            sqlx::query("INSERT INTO postbox.outbox (topic, payload) VALUES ('others', 'x')").execute(&mut other).await.unwrap();
+            sqlx::query("SELECT count(*) FROM postbox.segment WHERE topic = 'steps'")
+                .execute(&mut other)
+                .await
+                .unwrap();
+            sqlx::query("INSERT INTO postbox.outbox (topic, payload) VALUES ('others', 'x')")
+                .execute(&mut other)
+                .await
+                .unwrap();
             longest = longest.max(begun.elapsed());
         }
         longest
@@ -428,7 +521,11 @@ async fn nobody_waits_for_a_truncation_that_cannot_have_its_lock() {
 async fn settled_up_to_sequenced(bench: &Bench, head: i64) {
     eventually(PATIENCE, async || {
         let next = bench.number("SELECT postbox.next_offset('steps')").await;
-        if next == head { Ok(()) } else { Err(format!("{next} of {head} sequenced")) }
+        if next == head {
+            Ok(())
+        } else {
+            Err(format!("{next} of {head} sequenced"))
+        }
     })
     .await;
 }
@@ -442,7 +539,9 @@ async fn an_abandoned_subscription_is_dropped_only_by_policy_and_only_while_some
         db.advance(SLOT).await.unwrap();
         assert!(turned(pool).await.expired.is_empty(), "off by default");
     }
-    retention::set_expiry(pool, Some(Duration::from_secs(10 * 86_400))).await.unwrap();
+    retention::set_expiry(pool, Some(Duration::from_secs(10 * 86_400)))
+        .await
+        .unwrap();
     // Nobody watched for twelve hours each time, so nothing is known.
     assert!(turned(pool).await.expired.is_empty());
     let mut days = 0.0;
@@ -450,7 +549,10 @@ async fn an_abandoned_subscription_is_dropped_only_by_policy_and_only_while_some
         db.advance(HOUR - Duration::from_secs(60)).await.unwrap();
         days += 59.0 / 60.0 / 24.0;
         // Only this: a whole turn is slow, and there are hundreds.
-        let expired: Vec<String> = sqlx::query_scalar("SELECT expired FROM postbox.watch_subscriptions()").fetch_all(pool).await.unwrap();
+        let expired: Vec<String> = sqlx::query_scalar("SELECT expired FROM postbox.watch_subscriptions()")
+            .fetch_all(pool)
+            .await
+            .unwrap();
         if !expired.is_empty() {
             break expired;
         }
@@ -464,23 +566,56 @@ async fn an_abandoned_subscription_is_dropped_only_by_policy_and_only_while_some
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subscription_that_is_served_cannot_be_dropped() {
     let bench = bench().await;
-    let consumer = bench.consumer(handlers![keep]).state(History::default()).start().await.unwrap();
-    let id = postbox_dispatcher::subscriptions::find(bench.db.pool(), "keeper", "steps").await.unwrap();
-    let error = postbox_dispatcher::subscriptions::drop(bench.db.pool(), id).await.unwrap_err();
-    assert!(error.to_string().contains("keeper on steps is served by a live consumer"), "{error}");
+    let consumer = bench
+        .consumer(handlers![keep])
+        .state(History::default())
+        .start()
+        .await
+        .unwrap();
+    let id = postbox_dispatcher::subscriptions::find(bench.db.pool(), "keeper", "steps")
+        .await
+        .unwrap();
+    let error = postbox_dispatcher::subscriptions::drop(bench.db.pool(), id)
+        .await
+        .unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("keeper on steps is served by a live consumer"),
+        "{error}"
+    );
     consumer.shutdown().await.unwrap();
-    postbox_dispatcher::subscriptions::drop(bench.db.pool(), id).await.unwrap();
-    assert!(postbox_dispatcher::subscriptions::find(bench.db.pool(), "keeper", "steps").await.is_err());
+    postbox_dispatcher::subscriptions::drop(bench.db.pool(), id)
+        .await
+        .unwrap();
+    assert!(
+        postbox_dispatcher::subscriptions::find(bench.db.pool(), "keeper", "steps")
+            .await
+            .is_err()
+    );
 }
 
 #[tokio::test]
 async fn how_long_messages_are_kept_decides_how_long_a_slot_is() {
     let db = database().await;
     let pool = db.pool();
-    for (seconds, accepted) in [(59, false), (60, true), (7 * 86_400, true), (11 * 366 * 86_400, false)] {
-        assert_eq!(retention::set_keep(pool, Duration::from_secs(seconds)).await.is_ok(), accepted, "{seconds} s");
+    for (seconds, accepted) in [
+        (59, false),
+        (60, true),
+        (7 * 86_400, true),
+        (11 * 366 * 86_400, false),
+    ] {
+        assert_eq!(
+            retention::set_keep(pool, Duration::from_secs(seconds))
+                .await
+                .is_ok(),
+            accepted,
+            "{seconds} s"
+        );
     }
-    retention::set_keep(pool, Duration::from_secs(3600)).await.unwrap();
+    retention::set_keep(pool, Duration::from_secs(3600))
+        .await
+        .unwrap();
     publish_steps(pool, &[step("a", 0)]).await;
     sequence(pool).await;
     let slot = slot_now(pool).await;
@@ -499,13 +634,27 @@ async fn the_backlog_is_exact_wherever_the_lanes_stand() {
     subscribe(pool, "g").await;
     publish_steps(pool, &steps(37, 60)).await;
     sequence(pool).await;
-    for (positions, pending) in [([0, 0, 0, 0], "{}"), ([2220; 4], "{}"), ([100, 900, 1500, 2000], "{3,50,99,400}"), ([2220, 2220, 2220, 0], "{5}")] {
+    for (positions, pending) in [
+        ([0, 0, 0, 0], "{}"),
+        ([2220; 4], "{}"),
+        ([100, 900, 1500, 2000], "{3,50,99,400}"),
+        ([2220, 2220, 2220, 0], "{5}"),
+    ] {
         for (lane, position) in positions.iter().enumerate() {
-            run(pool, &format!("UPDATE postbox.lane SET position = {position}, pending = '{pending}' WHERE lane = {lane}")).await;
+            run(
+                pool,
+                &format!(
+                    "UPDATE postbox.lane SET position = {position}, pending = '{pending}' WHERE lane = {lane}"
+                ),
+            )
+            .await;
         }
         let counted = number(pool, "SELECT count(*) FROM generate_series(0, 2219) n \
             JOIN postbox.lane l ON l.lane = postbox.lane_at('steps', n, 4) WHERE n >= l.position OR n = ANY (l.pending)").await;
-        let (messages, exact): (i64, bool) = sqlx::query_as("SELECT messages, exact FROM postbox.backlog(1)").fetch_one(pool).await.unwrap();
+        let (messages, exact): (i64, bool) = sqlx::query_as("SELECT messages, exact FROM postbox.backlog(1)")
+            .fetch_one(pool)
+            .await
+            .unwrap();
         assert_eq!((messages, exact), (counted, true), "{positions:?} {pending}");
     }
 }
@@ -514,12 +663,23 @@ async fn the_backlog_is_exact_wherever_the_lanes_stand() {
 async fn what_failed_outlives_its_slot() {
     let bench = bench().await;
     let history = History::default();
-    let consumer = bench.consumer(handlers![refuse_at_first]).state(history.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![refuse_at_first])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     publish_steps(&bench.pool(), &steps(2, 1)).await;
     // Key 0 waits for its next attempt.
     eventually(PATIENCE, async || {
-        let passed = bench.number("SELECT coalesce(min(postbox.settled_below(id)), 0) FROM postbox.subscription").await;
-        if passed == 2 { Ok(()) } else { Err(format!("passed {passed} of 2")) }
+        let passed = bench
+            .number("SELECT coalesce(min(postbox.settled_below(id)), 0) FROM postbox.subscription")
+            .await;
+        if passed == 2 {
+            Ok(())
+        } else {
+            Err(format!("passed {passed} of 2"))
+        }
     })
     .await;
     consumer.shutdown().await.unwrap();
@@ -527,7 +687,12 @@ async fn what_failed_outlives_its_slot() {
         next_slot(&bench.db).await;
     }
     assert_eq!(bench.number("SELECT count(*) FROM postbox.outbox").await, 0);
-    let consumer = bench.consumer(handlers![keep_refused]).state(history.clone()).start().await.unwrap();
+    let consumer = bench
+        .consumer(handlers![keep_refused])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
     eventually(PATIENCE, async || {
         let of = history.of("0");
         if of == [0] { Ok(()) } else { Err(format!("{of:?}")) }
@@ -554,12 +719,24 @@ async fn keep_refused(step: Step, State(history): State<History>) {
 async fn a_healthy_database_has_no_findings_but_the_missing_dispatcher() {
     let db = database().await;
     let findings = doctor::examine(db.pool()).await.unwrap();
-    let named: Vec<&str> = findings.iter().map(|finding| finding.name).filter(|name| *name != "fsync" && *name != "synchronous-commit" && *name != "full-page-writes").collect();
+    let named: Vec<&str> = findings
+        .iter()
+        .map(|finding| finding.name)
+        .filter(|name| *name != "fsync" && *name != "synchronous-commit" && *name != "full-page-writes")
+        .collect();
     assert_eq!(named, ["no-dispatcher"], "{findings:?}");
     let mut old = db.connect().await.unwrap();
     let mut tx = old.begin().await.unwrap();
     publish_steps(db.pool(), &[step("a", 0)]).await;
-    sqlx::query("SELECT pg_current_xact_id()").execute(&mut *tx).await.unwrap();
+    sqlx::query("SELECT pg_current_xact_id()")
+        .execute(&mut *tx)
+        .await
+        .unwrap();
     let findings = doctor::examine(db.pool()).await.unwrap();
-    assert!(findings.iter().any(|finding| finding.name == "no-dispatcher" && finding.severity == doctor::Severity::Error), "{findings:?}");
+    assert!(
+        findings
+            .iter()
+            .any(|finding| finding.name == "no-dispatcher" && finding.severity == doctor::Severity::Error),
+        "{findings:?}"
+    );
 }

@@ -29,7 +29,9 @@ impl Executor {
         {
             return;
         }
-        let Some(job) = self.job(record, offset, lane) else { return };
+        let Some(job) = self.job(record, offset, lane) else {
+            return;
+        };
         if let Some(job) = self.queue_behind_its_key(job) {
             if self.running.len() >= self.plan.concurrency
                 || !self.ready.is_empty()

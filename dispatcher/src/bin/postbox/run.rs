@@ -44,9 +44,7 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
         postbox::check_schema(&pool).await?;
         retention::set_expiry(&pool, after).await?;
     }
-    dispatcher
-        .run_until(stop.cancelled_owned())
-        .await?;
+    dispatcher.run_until(stop.cancelled_owned()).await?;
     info!("stopped");
     Ok(())
 }

@@ -90,7 +90,9 @@ fn topics(topics: &[TopicStatus]) -> Table {
 }
 
 fn subscriptions(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Table {
-    let heads = ["group", "topic", "order", "lanes", "position", "next", "lag", "backlog", "oldest"];
+    let heads = [
+        "group", "topic", "order", "lanes", "position", "next", "lag", "backlog", "oldest",
+    ];
     let mut table = Table::new("Subscriptions", &heads);
     for subscription in subscriptions {
         table.row([

@@ -179,7 +179,17 @@ async fn list(pool: &PgPool, args: List) -> anyhow::Result<()> {
 }
 
 fn table(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Table {
-    let heads = ["group", "topic", "lanes", "position", "next", "backlog", "oldest", "held back", "settings"];
+    let heads = [
+        "group",
+        "topic",
+        "lanes",
+        "position",
+        "next",
+        "backlog",
+        "oldest",
+        "held back",
+        "settings",
+    ];
     let mut table = Table::new("Subscriptions", &heads);
     for subscription in subscriptions {
         let about = if subscription.backlog_exact { "" } else { "about " };
@@ -188,7 +198,10 @@ fn table(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Table {
             .map_or_else(|| "-".to_owned(), |at| crate::status::age(now - at));
         let held = match subscription.held_messages {
             0 => "-".to_owned(),
-            messages => format!("{messages} ({} MB)", crate::status::megabytes(subscription.held_bytes)),
+            messages => format!(
+                "{messages} ({} MB)",
+                crate::status::megabytes(subscription.held_bytes)
+            ),
         };
         table.row([
             subscription.group_name.as_str().into(),
@@ -208,7 +221,9 @@ fn table(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Table {
 fn settings(subscription: &SubscriptionStatus) -> String {
     let settings: Vec<String> = [
         (!subscription.live).then(|| {
-            let since = subscription.last_live_at.to_rfc3339_opts(SecondsFormat::Secs, true);
+            let since = subscription
+                .last_live_at
+                .to_rfc3339_opts(SecondsFormat::Secs, true);
             format!("no consumer since {since}")
         }),
         subscription.paused.then(|| "paused".to_owned()),
@@ -229,7 +244,10 @@ async fn seek(pool: &PgPool, args: Seek) -> anyhow::Result<()> {
     let mut output = Output::default();
     if args.yes {
         let offset = subscriptions::seek(pool, subscription, args.to).await?;
-        return output.line(&format_args!("{} on {} is at offset {offset}", args.group, args.topic));
+        return output.line(&format_args!(
+            "{} on {} is at offset {offset}",
+            args.group, args.topic
+        ));
     }
     let target = subscriptions::resolve(pool, &args.topic, args.to).await?;
     let all = status::subscriptions(pool).await?;
@@ -267,7 +285,9 @@ async fn replay(pool: &PgPool, args: Replay) -> anyhow::Result<()> {
             subscriptions::replay(pool, subscription, next, end, REPLAY_AT_ONCE).await?;
         total += replayed;
         if reached <= next {
-            warn(&format!("from offset {next} on the messages are not settled yet, and come anyway"));
+            warn(&format!(
+                "from offset {next} on the messages are not settled yet, and come anyway"
+            ));
             break;
         }
         next = reached;
