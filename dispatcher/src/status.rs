@@ -176,11 +176,6 @@ pub async fn subscriptions(pool: &PgPool) -> Result<Vec<SubscriptionStatus>, pos
     Ok(sqlx::query_as(SUBSCRIPTIONS).fetch_all(pool).await?)
 }
 
-/// The subscriptions alone, by group and topic.
-pub async fn subscriptions(pool: &PgPool) -> Result<Vec<SubscriptionStatus>, postbox::Error> {
-    Ok(sqlx::query_as(SUBSCRIPTIONS).fetch_all(pool).await?)
-}
-
 /// How many dispatchers are connected. While there is none, messages wait in the outbox.
 pub async fn dispatchers(pool: &PgPool) -> Result<i64, postbox::Error> {
     Ok(sqlx::query_scalar(DISPATCHERS).fetch_one(pool).await?)

@@ -23,7 +23,11 @@ pub(crate) enum Command {
     List(List),
     Seek(Seek),
     Replay(Replay),
+    /// Start no more messages of a group, on a topic or on all; what runs is finished
+    ///
+    /// Running consumers follow within a second, and one that starts later starts nothing.
     Pause(Target),
+    /// Start messages again
     Resume(Target),
     Limit(Limit),
     Window(Window),
@@ -78,13 +82,12 @@ pub(crate) struct Replay {
     yes: bool,
 }
 
-/// A group's subscription to a topic; without a topic, all of the group
-///
-/// Running consumers follow within a second: after `pause` they start no message, and finish what runs.
+// No doc comment: it would become that of the commands which have it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Target {
     #[arg(value_parser = name)]
     group: String,
+    /// All topics of the group if it is left out
     #[arg(value_parser = name)]
     topic: Option<String>,
 }
