@@ -21,7 +21,7 @@ CREATE FUNCTION postbox.set_retention(new_keep interval) RETURNS void
 DECLARE
     seconds bigint := ceil(extract(epoch FROM new_keep) / 6);
 BEGIN
-    IF new_keep IS NULL OR seconds NOT BETWEEN 10 AND 52704000 THEN
+    IF new_keep IS NULL OR new_keep < '1 minute' OR seconds > 52704000 THEN
         RAISE EXCEPTION 'messages cannot be kept for %: it is one minute to ten years', new_keep USING ERRCODE = 'invalid_parameter_value';
     END IF;
     UPDATE postbox.retention SET keep = new_keep WHERE keep <> new_keep;
@@ -39,6 +39,10 @@ COMMENT ON FUNCTION postbox.set_retention IS 'How long messages are kept at leas
 
 ALTER TABLE postbox.topic ADD COLUMN first_offset bigint NOT NULL DEFAULT 0;
 COMMENT ON COLUMN postbox.topic.first_offset IS 'Some offsets below it were truncated; from it on all are there. Written when a slot is truncated.';
+
+ALTER TABLE postbox.lane ADD COLUMN checkpoint_id bigint NOT NULL DEFAULT 0;
+COMMENT ON COLUMN postbox.lane.checkpoint_id IS
+    'Checkpoints up to this one are in position and pending: an older one whose slot is still there says nothing. Written when checkpoints are truncated.';
 
 ALTER TABLE postbox.subscription
     ADD COLUMN paused boolean NOT NULL DEFAULT false,
@@ -112,6 +116,32 @@ BEGIN
     RETURN postbox.lane_of(at, s.keys[at - s.base + 1], lanes);
 END $$;
 COMMENT ON FUNCTION postbox.lane_at IS 'The lane of the message at an offset; null if it is not retained.';
+
+CREATE OR REPLACE FUNCTION postbox.lane_state(of_subscription integer, of_lane smallint) RETURNS TABLE (
+    consumer_id integer, epoch integer, "position" bigint, pending bigint[]
+)
+    LANGUAGE plpgsql STABLE
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    l postbox.lane;
+    c postbox.checkpoint;
+    n integer;
+BEGIN
+    SELECT * INTO l FROM postbox.lane WHERE subscription_id = of_subscription AND lane = of_lane;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    -- The owner's newest checkpoint counts if it was written under this ownership; a consumer writes one row for all its lanes.
+    SELECT * INTO c FROM postbox.checkpoint
+    WHERE subscription_id = of_subscription AND consumer_id = l.consumer_id AND id > l.checkpoint_id ORDER BY id DESC LIMIT 1;
+    n := array_position(c.lanes, of_lane);
+    IF n IS NOT NULL AND c.epochs[n] = l.epoch THEN
+        l.position := c.positions[n];
+        l.pending := c.pending;
+    END IF;
+    RETURN QUERY SELECT l.consumer_id, l.epoch, l.position, l.pending;
+END $$;
 
 CREATE FUNCTION postbox.unsettled(of_subscription integer) RETURNS TABLE (lane smallint, "position" bigint, pending bigint[])
     LANGUAGE plpgsql STABLE
@@ -349,13 +379,17 @@ BEGIN
     -- Before the table, as a claim does: no claim is under way, and the next one's look is newer than this.
     PERFORM FROM postbox.lane l ORDER BY l.subscription_id, l.lane FOR NO KEY UPDATE NOWAIT;
     EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', checkpoint);
-    UPDATE postbox.lane l SET position = n.position, pending = n.pending
+    -- With the number of the newest: of an owner's checkpoints older ones may be in slots that are truncated later.
+    UPDATE postbox.lane l SET position = n.position, pending = n.pending, checkpoint_id = n.checkpoint_id
     FROM (
-        SELECT k.subscription_id, k.lane, t.position, t.pending
+        SELECT k.subscription_id, k.lane, t.position, t.pending, c.checkpoint_id
         FROM postbox.lane k CROSS JOIN LATERAL postbox.lane_state(k.subscription_id, k.lane) t
+        CROSS JOIN LATERAL (
+            SELECT max(c.id) AS checkpoint_id FROM postbox.checkpoint c
+            WHERE c.subscription_id = k.subscription_id AND c.consumer_id = k.consumer_id) c
+        WHERE c.checkpoint_id > k.checkpoint_id
     ) n
-    WHERE l.subscription_id = n.subscription_id AND l.lane = n.lane
-        AND (l.position, l.pending) IS DISTINCT FROM (n.position, n.pending);
+    WHERE l.subscription_id = n.subscription_id AND l.lane = n.lane;
     EXECUTE format('TRUNCATE ONLY %s', checkpoint);
     RETURN 'truncated';
 END $$;

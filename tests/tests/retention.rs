@@ -229,7 +229,8 @@ async fn a_transaction_older_than_its_slot_is_delivered_in_causal_order() {
     let slot = slot_now(pool).await;
     // The ring turns nearly once round.
     for n in 1..=7 {
-        next_slot(&db).await;
+        db.advance(SLOT).await.unwrap();
+        retention::turn(pool).await.unwrap();
         publish_steps(pool, &[step("a", n)]).await;
         sequence(pool).await;
     }
@@ -345,6 +346,47 @@ async fn where_a_lane_stands_outlives_its_checkpoints_and_settlements() {
     )
     .await;
     assert_eq!(claim().await, (40, vec![], vec![]));
+}
+
+#[tokio::test]
+async fn a_checkpoint_does_not_count_again_when_a_newer_one_was_truncated_before_it() {
+    let db = database().await;
+    let pool = db.pool();
+    subscribe(pool, "g").await;
+    publish_steps(pool, &steps(5, 10)).await;
+    sequence(pool).await;
+    run(
+        pool,
+        "INSERT INTO postbox.consumer (name, pid, subscriptions, lease) VALUES ('c', 1, '{1}', '1h')",
+    )
+    .await;
+    run(
+        pool,
+        "SELECT * FROM postbox.claim(1, 1, '{0,1,2,3}', '{0,0,0,0}', '{f,f,f,f}')",
+    )
+    .await;
+    let now = slot_now(pool).await;
+    for (slot, position) in [(3, 20), (5, 40)] {
+        let slot = (now + slot) % 8;
+        run(
+            pool,
+            &format!(
+                "INSERT INTO postbox.checkpoint (slot, subscription_id, consumer_id, lanes, epochs, positions, pending) \
+                 VALUES ({slot}, 1, 1, '{{0,1,2,3}}', '{{1,1,1,1}}', '{{{position},{position},{position},{position}}}', '{{}}')"
+            ),
+        )
+        .await;
+    }
+    for slot in [5, 3] {
+        let slot = (now + slot) % 8;
+        let outcome: String = sqlx::query_scalar("SELECT postbox.truncate_checkpoints($1)")
+            .bind(slot as i16)
+            .fetch_one(pool)
+            .await
+            .unwrap();
+        assert_eq!(outcome, "truncated");
+        assert_eq!(number(pool, "SELECT postbox.settled_below(1)").await, 40);
+    }
 }
 
 #[tokio::test]
