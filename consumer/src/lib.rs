@@ -36,8 +36,11 @@ mod error;
 mod executor;
 mod extract;
 mod handler;
+mod inbox;
 mod journal;
 mod lane;
+#[doc(hidden)]
+pub mod link;
 mod pace;
 mod process;
 mod progress;
@@ -62,6 +65,7 @@ pub use handler::{
     BoxFuture, DEFAULT_TIMEOUT, DefineHandler, HandlerDefinition, HandlerError, IntoOutcome, Order, Outcome,
     Start,
 };
+pub use inbox::Inbox;
 pub use postbox_macros::{handler, handlers};
 pub use retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};
 pub use window::{DailyWindow, WindowError};

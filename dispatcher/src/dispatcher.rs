@@ -1,18 +1,16 @@
 //! The dispatcher: what an application or the `postbox` command runs.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
+use postbox_consumer::link::Reconnect;
 use sqlx::PgPool;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::sequencer::{Counters, Sequencer};
-use crate::{expiry, retention};
-
-const RECONNECT_FIRST: Duration = Duration::from_millis(50);
-const RECONNECT_LAST: Duration = Duration::from_secs(5);
+use crate::{expiry, restore, retention};
 
 /// Sequences messages and wakes their consumers.
 ///
@@ -49,16 +47,17 @@ impl Dispatcher {
         self
     }
 
-    /// Starts in the background; returns once it is connected.
+    /// Starts in the background; returns once it is connected. In a database that was restored from another cluster it first does what
+    /// [`restore::rebase`] does, and logs that as a warning.
     ///
-    /// **Errors.** A schema that is missing, older or newer; a retention that is out of range; a first connection that fails.
+    /// **Errors.** A schema that is missing, older or newer; a retention that is out of range; a first connection that fails; a restore that has not ended.
     pub async fn start(self) -> Result<DispatcherHandle, postbox::Error> {
         postbox::check_schema(&self.pool).await?;
         if let Some(keep) = self.retention {
             retention::set_keep(&self.pool, keep).await?;
         }
         let counters = Arc::new(Counters::default());
-        let sequencer = Sequencer::connect(&self.pool, self.tick, counters.clone()).await?;
+        let sequencer = self.connect(&counters).await?;
         let token = CancellationToken::new();
         let task = tokio::spawn(self.serve(sequencer, counters.clone(), token.clone()));
         Ok(DispatcherHandle {
@@ -97,15 +96,20 @@ impl Dispatcher {
         }
     }
 
+    async fn connect(&self, counters: &Arc<Counters>) -> Result<Sequencer, postbox::Error> {
+        restore::rebase_if_restored(&self.pool).await?;
+        Ok(Sequencer::connect(&self.pool, self.tick, counters.clone()).await?)
+    }
+
     async fn reconnect(&self, counters: &Arc<Counters>) -> Sequencer {
-        let mut wait = RECONNECT_FIRST;
+        let mut reconnect = Reconnect::new();
         loop {
-            tokio::time::sleep(jittered(wait)).await;
-            match Sequencer::connect(&self.pool, self.tick, counters.clone()).await {
+            reconnect.wait().await;
+            // What answers now may be another cluster.
+            match self.connect(counters).await {
                 Ok(sequencer) => return sequencer,
                 Err(error) => warn!(%error, "cannot connect; trying again"),
             }
-            wait = (wait * 2).min(RECONNECT_LAST);
         }
     }
 }
@@ -136,12 +140,4 @@ impl Drop for DispatcherHandle {
     fn drop(&mut self) {
         self.token.cancel();
     }
-}
-
-/// Between the span and one and a half times it.
-fn jittered(span: Duration) -> Duration {
-    let nanos = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.subsec_nanos());
-    span + span.mul_f64(f64::from(nanos % 1_000) / 2_000.0)
 }

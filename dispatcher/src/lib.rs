@@ -13,9 +13,12 @@
 //! Any number may run at once; none is the leader, and losing one loses nothing. Publishing needs none: while no dispatcher runs, messages wait in the
 //! outbox.
 
+pub mod dead_letters;
 mod dispatcher;
 pub mod doctor;
 mod expiry;
+pub mod messages;
+pub mod restore;
 pub mod retention;
 mod sequencer;
 pub mod status;

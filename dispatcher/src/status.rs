@@ -102,6 +102,17 @@ pub struct SubscriptionStatus {
     pub instance_rate_limit: Option<f64>,
     /// When messages are started, such as `22:00-06:00 Europe/Berlin`; `None`: always.
     pub drain_window: Option<String>,
+    /// Messages that failed and wait for their next attempt; those that an operator has put back are among them.
+    pub retrying: i64,
+    /// Messages that wait for a failed one of their key.
+    pub parked: i64,
+    /// Messages whose attempts are exhausted and whose keys wait for an operator. They are dead letters too.
+    pub halted: i64,
+    /// Dead letters.
+    pub dead: i64,
+    /// What the instances' circuit breakers are, the worst of them: `open` (messages fail broadly, so intake stopped and probes go on), `full`
+    /// (as many failed messages wait as may, so intake stopped), `closed` (all is well); `None` where no live instance says.
+    pub breaker: Option<String>,
 }
 
 /// A consumer instance.
@@ -129,15 +140,27 @@ pub struct ConsumerStatus {
 const TOPICS: &str = "SELECT name AS topic, postbox.first_offset(name) AS first_offset, postbox.next_offset(name) AS next_offset \
      FROM postbox.topic ORDER BY name";
 
-/// What is held back is looked for only where the oldest message is older than messages are kept.
+/// Redelivery is bounded, and dead letters are counted by an index. An instance that never had a heartbeat reports an empty object. What is held back is looked for only where the oldest message is older than messages are kept.
 const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes, \
          (SELECT count(*) FROM postbox.lane l WHERE l.subscription_id = s.id AND postbox.is_live(l.consumer_id)) AS owned, \
          b.position, b.next_offset, b.next_offset - b.position AS lag, b.messages AS backlog, b.exact AS backlog_exact, b.oldest_at, \
          s.id IN (SELECT * FROM postbox.live_subscriptions()) AS live, s.last_live_at, \
          coalesce(h.messages, 0) AS held_messages, coalesce(h.bytes, 0) AS held_bytes, h.since AS held_since, \
-         s.paused, s.rate_limit, s.instance_rate_limit, s.drain_window \
+         s.paused, s.rate_limit, s.instance_rate_limit, s.drain_window, \
+         r.retrying, r.parked, r.halted, \
+         (SELECT count(*) FROM postbox.dead_letter d WHERE d.subscription_id = s.id) AS dead, \
+         (SELECT b.breaker FROM postbox.consumer c \
+             CROSS JOIN jsonb_array_elements(CASE jsonb_typeof(c.report) WHEN 'array' THEN c.report ELSE '[]' END) AS e (entry) \
+             CROSS JOIN LATERAL (SELECT e.entry ->> 'breaker' AS breaker) b \
+             WHERE s.id = ANY (c.subscriptions) AND e.entry ->> 'group' = s.group_name AND e.entry ->> 'topic' = s.topic \
+                 AND b.breaker IS NOT NULL AND postbox.is_live(c.id) \
+             ORDER BY array_position(ARRAY['open', 'full', 'closed'], b.breaker) LIMIT 1) AS breaker \
      FROM postbox.subscription s \
      CROSS JOIN LATERAL postbox.backlog(s.id) b \
+     CROSS JOIN LATERAL ( \
+         SELECT count(*) FILTER (WHERE r.state IN ('retry', 'trying', 'redriven')) AS retrying, \
+             count(*) FILTER (WHERE r.state = 'parked') AS parked, count(*) FILTER (WHERE r.state = 'halted') AS halted \
+         FROM postbox.redelivery r WHERE r.subscription_id = s.id) r \
      CROSS JOIN LATERAL postbox.held_back( \
          CASE WHEN b.oldest_at <= postbox.clock() - (SELECT r.keep FROM postbox.retention r) THEN s.id END) h \
      ORDER BY s.group_name, s.topic";

@@ -27,6 +27,12 @@ fn refuse(db: &TestDatabase, arguments: &[&str], code: i32) -> String {
     String::from_utf8(output.stderr).unwrap()
 }
 
+fn preview(db: &TestDatabase, arguments: &[&str]) -> String {
+    let output = postbox(db, arguments);
+    assert_eq!(output.status.code(), Some(3), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
 fn list(db: &TestDatabase) -> Value {
     serde_json::from_str(&succeed(db, &["subscriptions", "list", "--json"])).unwrap()
 }
@@ -51,10 +57,10 @@ async fn prepare() -> TestDatabase {
 #[tokio::test]
 async fn a_seek_shows_what_it_would_do_and_does_it_with_yes() {
     let db = prepare().await;
-    let preview = succeed(&db, &["subscriptions", "seek", "mail", "orders", "--to", "2"]);
+    let said = preview(&db, &["subscriptions", "seek", "mail", "orders", "--to", "2"]);
     assert!(
-        preview.contains("from offset 6 to 2, so 4 messages would be delivered again; --yes does it"),
-        "{preview}"
+        said.contains("from offset 6 to 2, so 4 messages would be delivered again; --yes does it"),
+        "{said}"
     );
     assert_eq!(list(&db)[0]["position"], 6);
     let done = succeed(
@@ -165,7 +171,7 @@ async fn settings_are_stored_shown_and_taken_back() {
 #[tokio::test]
 async fn a_replay_copies_what_is_settled_and_a_drop_forgets() {
     let db = prepare().await;
-    let preview = succeed(
+    let said = preview(
         &db,
         &[
             "subscriptions",
@@ -179,11 +185,11 @@ async fn a_replay_copies_what_is_settled_and_a_drop_forgets() {
         ],
     );
     assert!(
-        preview.contains("offsets 1 to before 4 again, up to 3 messages; --yes does it"),
-        "{preview}"
+        said.contains("offsets 1 to before 4 again, up to 3 messages; --yes does it"),
+        "{said}"
     );
-    let preview = succeed(&db, &["subscriptions", "drop", "mail", "orders"]);
-    assert!(preview.contains("with its 4 unsettled messages"), "{preview}");
+    let said = preview(&db, &["subscriptions", "drop", "mail", "orders"]);
+    assert!(said.contains("with its 4 unsettled messages"), "{said}");
     assert_eq!(
         succeed(&db, &["subscriptions", "drop", "mail", "orders", "--yes"]),
         "dropped mail on orders\n"

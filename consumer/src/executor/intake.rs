@@ -113,10 +113,15 @@ impl Executor {
 
     /// There is room, and what is taken in may be expected to succeed.
     fn may_take_in(&self) -> bool {
+        let room = self
+            .unsettled
+            .len()
+            .max(self.unrecorded + self.journal.entries.len())
+            < self.plan.window;
         self.open
             // Under a limit there is no use in more than may soon run.
             && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency)
-            && (self.unsettled.len() < self.plan.window && self.intake() == Intake::Closed
+            && (room && self.intake() == Intake::Closed
                 // Nothing that is in memory can be the probe, so it is the next message.
                 || self.wants_probe())
     }

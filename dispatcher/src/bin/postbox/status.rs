@@ -12,7 +12,11 @@ use crate::table::Table;
 /// Topics: the earliest retained offset and the offset that the next message gets. Subscriptions: lanes are the parts into which the keys
 /// are divided, owned by live consumers of all there are; the position is the least offset that is not settled; the lag is the number of
 /// messages from there on, an upper bound of those not settled; the backlog is what is not settled, and oldest how long ago the first of it was
-/// published. Consumers: a dead one is shown for a day. The ring: slots that are older than messages are kept and still there.
+/// published. Retrying: failed messages that wait for their next attempt; parked: messages
+/// behind a failed one of their key; halted: exhausted messages whose keys wait for an operator; dead: dead letters, halted ones among them
+/// (postbox dead-letters). Breaker: open (messages fail broadly, so intake stopped and probes go on), full (as many failed messages wait as
+/// may), closed (all is well). Consumers: a dead one is shown for a day. Slots that are older than messages are kept and still
+/// there are named with who holds them.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Print one JSON object: schema_version, dispatchers, last_tick_at, keep_seconds, slots, topics, subscriptions, consumers
@@ -91,7 +95,8 @@ fn topics(topics: &[TopicStatus]) -> Table {
 
 fn subscriptions(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Table {
     let heads = [
-        "group", "topic", "order", "lanes", "position", "next", "lag", "backlog", "oldest",
+        "group", "topic", "order", "lanes", "position", "next", "lag", "backlog", "oldest", "retrying",
+        "parked", "halted", "dead", "breaker",
     ];
     let mut table = Table::new("Subscriptions", &heads);
     for subscription in subscriptions {
@@ -108,6 +113,11 @@ fn subscriptions(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Ta
                 .oldest_at
                 .map_or_else(|| "-".to_owned(), |at| age(now - at))
                 .into(),
+            subscription.retrying.into(),
+            subscription.parked.into(),
+            subscription.halted.into(),
+            subscription.dead.into(),
+            subscription.breaker.as_deref().unwrap_or("-").into(),
         ]);
     }
     table

@@ -1,5 +1,6 @@
 //! `postbox subscriptions`: list, seek, replay, pause, resume, limit, window, drop.
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, Utc};
@@ -11,7 +12,7 @@ use sqlx::PgPool;
 use crate::database::Database;
 use crate::output::{Output, warn};
 use crate::table::Table;
-use crate::{name, span};
+use crate::{ONLY_A_PREVIEW, name, span};
 
 /// Copied for a replay at once, so that the exception path stays small.
 const REPLAY_AT_ONCE: u16 = 1000;
@@ -45,7 +46,7 @@ pub(crate) struct List {
 /// Move a subscription: from there on every message is delivered, again or for the first time
 ///
 /// Running consumers follow within a second. Messages that failed before the new position stay in redelivery, those after it come again from the
-/// log; dead letters stay. Without --yes it only says what it would do.
+/// log; dead letters stay. Without --yes it only says what it would do, and exits with 3.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Seek {
     #[arg(value_parser = name)]
@@ -64,7 +65,7 @@ pub(crate) struct Seek {
 ///
 /// They are copied to redelivery in order, a thousand at a time, with a header postbox-replayed; messages that are not settled yet are left
 /// out, since they come anyway. It ends when the last was taken up; interrupted, it says how far it came. Without --yes it only says what it
-/// would do.
+/// would do, and exits with 3.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Replay {
     #[arg(value_parser = name)]
@@ -121,7 +122,7 @@ pub(crate) struct Window {
 
 /// Forget a subscription, with its position, its failed messages and its dead letters
 ///
-/// It must have no live consumer. Without --yes it only says what it would do.
+/// It must have no live consumer. Without --yes it only says what it would do, and exits with 3.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Drop {
     #[arg(value_parser = name)]
@@ -139,14 +140,14 @@ struct Rate(Option<f64>);
 #[derive(Debug, Clone)]
 struct Times(Option<DailyWindow>);
 
-pub(crate) async fn run(database: &Database, command: Command) -> anyhow::Result<()> {
+pub(crate) async fn run(database: &Database, command: Command) -> anyhow::Result<ExitCode> {
     let pool = database.open(1).await?;
     match command {
-        Command::List(args) => list(&pool, args).await,
-        Command::Seek(args) => seek(&pool, args).await,
-        Command::Replay(args) => replay(&pool, args).await,
-        Command::Pause(target) => change(&pool, &target, &[Change::Paused(true)]).await,
-        Command::Resume(target) => change(&pool, &target, &[Change::Paused(false)]).await,
+        Command::List(args) => list(&pool, args).await?,
+        Command::Seek(args) => return seek(&pool, args).await,
+        Command::Replay(args) => return replay(&pool, args).await,
+        Command::Pause(target) => change(&pool, &target, &[Change::Paused(true)]).await?,
+        Command::Resume(target) => change(&pool, &target, &[Change::Paused(false)]).await?,
         Command::Limit(Limit {
             target,
             rate,
@@ -159,17 +160,18 @@ pub(crate) async fn run(database: &Database, command: Command) -> anyhow::Result
             .into_iter()
             .flatten()
             .collect();
-            change(&pool, &target, &changes).await
+            change(&pool, &target, &changes).await?;
         }
         Command::Window(Window { group, topic, window }) => {
             let target = Target {
                 group,
                 topic: Some(topic),
             };
-            change(&pool, &target, &[Change::DrainWindow(window.0)]).await
+            change(&pool, &target, &[Change::DrainWindow(window.0)]).await?;
         }
-        Command::Drop(args) => forget(&pool, args).await,
+        Command::Drop(args) => return forget(&pool, args).await,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn list(pool: &PgPool, args: List) -> anyhow::Result<()> {
@@ -242,15 +244,16 @@ fn settings(subscription: &SubscriptionStatus) -> String {
     settings.join(", ")
 }
 
-async fn seek(pool: &PgPool, args: Seek) -> anyhow::Result<()> {
+async fn seek(pool: &PgPool, args: Seek) -> anyhow::Result<ExitCode> {
     let subscription = subscriptions::find(pool, &args.group, &args.topic).await?;
     let mut output = Output::default();
     if args.yes {
         let offset = subscriptions::seek(pool, subscription, args.to).await?;
-        return output.line(&format_args!(
+        output.line(&format_args!(
             "{} on {} is at offset {offset}",
             args.group, args.topic
-        ));
+        ))?;
+        return Ok(ExitCode::SUCCESS);
     }
     let target = subscriptions::resolve(pool, &args.topic, args.to).await?;
     let all = status::subscriptions(pool).await?;
@@ -266,21 +269,23 @@ async fn seek(pool: &PgPool, args: Seek) -> anyhow::Result<()> {
     output.line(&format_args!(
         "{} on {} would go from offset {now} to {target}, {effect}; --yes does it",
         args.group, args.topic
-    ))
+    ))?;
+    Ok(ExitCode::from(ONLY_A_PREVIEW))
 }
 
-async fn replay(pool: &PgPool, args: Replay) -> anyhow::Result<()> {
+async fn replay(pool: &PgPool, args: Replay) -> anyhow::Result<ExitCode> {
     let subscription = subscriptions::find(pool, &args.group, &args.topic).await?;
     let mut next = subscriptions::resolve(pool, &args.topic, args.from).await?;
     let end = subscriptions::resolve(pool, &args.topic, args.to).await?;
     let mut output = Output::default();
     if !args.yes {
-        return output.line(&format_args!(
+        output.line(&format_args!(
             "{} on {} would get offsets {next} to before {end} again, up to {} messages; --yes does it",
             args.group,
             args.topic,
             (end - next).max(0)
-        ));
+        ))?;
+        return Ok(ExitCode::from(ONLY_A_PREVIEW));
     }
     let mut total = 0;
     while next < end {
@@ -299,7 +304,8 @@ async fn replay(pool: &PgPool, args: Replay) -> anyhow::Result<()> {
             tokio::time::sleep(REPLAY_POLL).await;
         }
     }
-    output.line(&format_args!("replayed {total} messages, up to offset {next}"))
+    output.line(&format_args!("replayed {total} messages, up to offset {next}"))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn change(pool: &PgPool, target: &Target, changes: &[Change]) -> anyhow::Result<()> {
@@ -318,12 +324,13 @@ async fn change(pool: &PgPool, target: &Target, changes: &[Change]) -> anyhow::R
     Output::default().line(&format_args!("changed {changed} subscriptions of {of}"))
 }
 
-async fn forget(pool: &PgPool, args: Drop) -> anyhow::Result<()> {
+async fn forget(pool: &PgPool, args: Drop) -> anyhow::Result<ExitCode> {
     let subscription = subscriptions::find(pool, &args.group, &args.topic).await?;
     let mut output = Output::default();
     if args.yes {
         subscriptions::drop(pool, subscription).await?;
-        return output.line(&format_args!("dropped {} on {}", args.group, args.topic));
+        output.line(&format_args!("dropped {} on {}", args.group, args.topic))?;
+        return Ok(ExitCode::SUCCESS);
     }
     let all = status::subscriptions(pool).await?;
     let backlog = all
@@ -333,7 +340,8 @@ async fn forget(pool: &PgPool, args: Drop) -> anyhow::Result<()> {
     output.line(&format_args!(
         "{} on {} would be forgotten with its {backlog} unsettled messages, its failed messages and its dead letters; --yes does it",
         args.group, args.topic
-    ))
+    ))?;
+    Ok(ExitCode::from(ONLY_A_PREVIEW))
 }
 
 /// For clap.
