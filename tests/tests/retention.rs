@@ -249,17 +249,17 @@ async fn a_transaction_older_than_its_slot_is_delivered_in_causal_order() {
     assert_eq!(outcome(&turn, slot).await, "unsequenced", "{turn:?}");
     publish_steps(pool, &[step("a", 8)]).await;
     sequence(pool).await;
-    assert_eq!(number(pool, "SELECT count(*) FROM postbox.outbox").await, 10);
     // What was published after its commit is behind it.
-    let offset_of = |key: &str, n: i64| {
+    let offset_of = |condition: &str| {
         format!(
             "SELECT s.base + e.n - 1 FROM postbox.segment s, unnest(s.seqs) WITH ORDINALITY e (seq, n), postbox.outbox o \
-             WHERE o.seq = e.seq AND o.key = '{key}' ORDER BY o.seq OFFSET {n} LIMIT 1"
+             WHERE o.seq = e.seq AND {condition}"
         )
     };
-    let late = number(pool, &offset_of("old", 0)).await;
-    assert!(late > number(pool, &offset_of("a", 7)).await);
-    assert!(late < number(pool, &offset_of("a", 8)).await);
+    let late = number(pool, &offset_of("o.key = 'old'")).await;
+    let nth = |n: i64| format!("o.key = 'a' AND convert_from(o.payload, 'UTF8')::jsonb ->> 'n' = '{n}'");
+    assert!(late > number(pool, &offset_of(&nth(7))).await);
+    assert!(late < number(pool, &offset_of(&nth(8))).await);
     // It is as young as when it was sequenced.
     assert_eq!(outcome(&turned(pool).await, slot).await, "young");
 }
@@ -509,7 +509,14 @@ async fn settled_up_to(bench: &Bench, head: i64) {
                 .map_err(|error| error.to_string())?;
             match status.iter().find(|one| one.group_name == group) {
                 Some(one) if one.backlog == 0 => Ok(()),
-                other => Err(format!("{other:?}")),
+                _ => {
+                    let what: String = sqlx::query_scalar("SELECT json_build_object('lanes', (SELECT json_agg(l ORDER BY subscription_id, lane) FROM postbox.lane l WHERE lane < 3), \
+                        'checkpoints', (SELECT json_agg(json_build_array(slot, id, subscription_id, consumer_id, positions[1:3], lanes[1:3], epochs[1:3], cardinality(lanes), pending) ORDER BY id) FROM (SELECT * FROM postbox.checkpoint ORDER BY id DESC LIMIT 8) c), \
+                        'held', (SELECT count(*) FROM postbox.redelivery), 'written', (SELECT count(*) FROM written), 'settled', (SELECT count(*) FROM postbox.settlement), \
+                        'now', postbox.slot_of(postbox.clock()), 'consumers', (SELECT json_agg(json_build_array(id, report)) FROM postbox.consumer))::text")
+                        .fetch_one(bench.db.pool()).await.map_err(|error| error.to_string())?;
+                    Err(format!("{group}: {what}"))
+                }
             }
         })
         .await;
