@@ -25,12 +25,14 @@ use crate::breaker::Breaker;
 use crate::handler::Order;
 use crate::journal::Journal;
 use crate::lane::OwnedLane;
+use crate::pace::Pace;
 use crate::progress::{Counters, Lease, Progress, Snapshot};
 use crate::redelivery::{Held, ParkedKey};
 use crate::replay::SeenTail;
 use crate::router::{Handler, Router};
 use crate::settlement::Verdict;
 use crate::state::States;
+use crate::throttle::Throttle;
 use crate::topic_log::{Interest, TopicLog};
 
 use inline_cost::InlineCost;
@@ -73,6 +75,8 @@ pub(crate) enum Command {
     Recorded(u64),
     /// What operators decided of messages, some perhaps in lanes of others.
     Decided(Vec<Held>),
+    /// Whether messages may start, and how fast.
+    Pace(Pace),
     /// Look whether offsets were given anew (broadcast from memory).
     Resync,
     /// Take nothing in any more, let finish what runs for at most this long, and end.
@@ -129,6 +133,9 @@ pub(crate) struct Executor {
     halted: HashMap<i64, (u16, Option<i32>)>,
     trials: Trials,
     breaker: Breaker,
+    /// Whether messages may start; a member learns it before its first.
+    open: bool,
+    throttle: Throttle,
     /// Taken in and not settled, with their lanes; what has a row of its own is not among them.
     unsettled: BTreeMap<i64, u16>,
     tasks: JoinSet<Ended>,
@@ -187,6 +194,7 @@ impl Executor {
     ) -> Self {
         let interest = Arc::new(Interest::new(lanes));
         log.register(&interest);
+        let open = membership.is_none();
         Self {
             head: log.head(),
             seen: membership.is_none().then(SeenTail::default),
@@ -206,6 +214,8 @@ impl Executor {
             halted: HashMap::new(),
             trials: Trials::default(),
             breaker: Breaker::default(),
+            open,
+            throttle: Throttle::new(Instant::now()),
             unsettled: BTreeMap::new(),
             tasks: JoinSet::new(),
             running: HashMap::new(),
@@ -317,6 +327,11 @@ impl Executor {
             Command::Revoke(lanes) => self.revoke(&lanes).await,
             Command::Recorded(number) => self.recorded(number),
             Command::Decided(held) => self.decided(held),
+            Command::Pace(pace) => {
+                self.open = pace.open;
+                self.throttle.set(pace.rate, Instant::now());
+                self.next_trial();
+            }
             Command::Resync => self.resync().await,
             Command::Stop(grace) => {
                 self.stop_by = Some(Instant::now() + grace);

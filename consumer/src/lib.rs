@@ -42,6 +42,7 @@ mod journal;
 mod lane;
 #[doc(hidden)]
 pub mod link;
+mod pace;
 mod process;
 mod progress;
 mod record;
@@ -53,7 +54,9 @@ mod session;
 mod settlement;
 mod state;
 mod subscription;
+mod throttle;
 mod topic_log;
+mod window;
 
 pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats, UnknownType};
 pub use dead_letter::DeadLetter;
@@ -67,3 +70,4 @@ pub use inbox::Inbox;
 pub use postbox::cron::Missed;
 pub use postbox_macros::{cron, handler, handlers};
 pub use retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};
+pub use window::{DailyWindow, WindowError};

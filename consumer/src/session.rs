@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
@@ -20,6 +21,7 @@ use crate::error::Error;
 use crate::executor::{Claim, Command, Event, Executor, Membership};
 use crate::lane::{LaneRow, OwnedLane, plan};
 use crate::link;
+use crate::pace::{PaceSettings, Pacer};
 use crate::process::Process;
 use crate::progress::{Lease, Progress, Snapshot};
 use crate::record::Columns;
@@ -67,6 +69,7 @@ struct Service {
     task: JoinHandle<()>,
     /// Lanes owned, with their epochs.
     owned: HashMap<u16, i32>,
+    pacer: Pacer,
 }
 
 pub(crate) enum Ended {
@@ -100,7 +103,11 @@ const LOOK: &str = "WITH locked AS MATERIALIZED (
             FROM postbox.lane l WHERE l.subscription_id = ANY ($1)),
         'heads', (SELECT coalesce(json_object_agg(t, postbox.next_offset(t)), '{}') FROM unnest($2::text[]) t),
         'decided', (SELECT coalesce(json_agg(DISTINCT r.subscription_id), '[]') FROM postbox.redelivery r
-            WHERE r.subscription_id = ANY ($1) AND r.state IN ('redriven', 'released')))";
+            WHERE r.subscription_id = ANY ($1) AND r.state IN ('redriven', 'released')),
+        'paces', (SELECT coalesce(json_agg(json_build_object('id', s.id, 'paused', s.paused, 'rate_limit', s.rate_limit,
+                'instance_rate_limit', s.instance_rate_limit, 'drain_window', s.drain_window)), '[]')
+            FROM postbox.subscription s WHERE s.id = ANY ($1)),
+        'now', postbox.clock())";
 
 /// Lane, epoch, position, pending, done and crashes, as `postbox.claim` returns them.
 type ClaimedRow = (i16, i32, i64, Vec<i64>, Vec<i64>, i32);
@@ -112,6 +119,9 @@ struct Look {
     heads: HashMap<String, i64>,
     /// Subscriptions of which operators decided something.
     decided: Vec<i32>,
+    paces: Vec<PaceSettings>,
+    /// By the database's clock.
+    now: DateTime<Utc>,
 }
 
 #[derive(Deserialize)]
@@ -212,6 +222,7 @@ impl Session {
                     progress,
                     task: tokio::spawn(executor.run()),
                     owned: HashMap::new(),
+                    pacer: Pacer::default(),
                 }
             })
             .collect();
@@ -349,6 +360,9 @@ impl Session {
         for n in 0..self.services.len() {
             self.arrange(n, &look, &dead).await?;
         }
+        for service in &mut self.services {
+            service.keep_pace(&look);
+        }
         for service in self.services.iter().filter(|s| look.decided.contains(&s.id)) {
             let held = in_time(
                 &self.lease,
@@ -424,14 +438,19 @@ impl Session {
             }
             service.command(Command::Revoke(lost));
         }
-        // A lane that was claimed without the answer arriving is claimed again.
+        // A lane that was claimed without the answer arriving, or that an operator moved, is claimed again. More than the share, too: nobody
+        // else may have it, and what is too much is released in order.
+        let mut strays = Vec::new();
         for row in rows
             .iter_mut()
             .filter(|row| row.owner == Some(me) && !service.owned.contains_key(&row.lane))
         {
             row.owner = None;
+            strays.push(*row);
         }
-        let plan = plan(me, &members, dead, &rows);
+        let mut plan = plan(me, &members, dead, &rows);
+        strays.retain(|stray| !plan.claim.contains(stray));
+        plan.claim.extend(strays);
         if !plan.release.is_empty() {
             service.command(Command::Release(plan.release));
         }
@@ -593,6 +612,17 @@ impl Session {
 }
 
 impl Service {
+    /// Tells the executor how fast it may go, if that has changed.
+    fn keep_pace(&mut self, look: &Look) {
+        let Some(settings) = look.paces.iter().find(|settings| settings.id == self.id) else {
+            return;
+        };
+        let (owned, all) = (self.owned.len(), usize::from(self.lanes));
+        if let Some(pace) = self.pacer.change(settings, look.now, owned, all) {
+            self.command(Command::Pace(pace));
+        }
+    }
+
     fn command(&self, command: Command) {
         // An executor that ended is noticed when the session ends.
         let _ = self.commands.send(command);

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use crate::sequencer::{Counters, Sequencer};
 use crate::timers::{self, Timers};
-use crate::{expiry, restore};
+use crate::{expiry, restore, retention};
 
 /// Sequences messages and wakes their consumers, promotes scheduled messages when they are due, and fires cron schedules.
 ///
@@ -22,6 +22,7 @@ use crate::{expiry, restore};
 pub struct Dispatcher {
     pool: PgPool,
     tick: Duration,
+    retention: Option<Duration>,
 }
 
 impl Dispatcher {
@@ -30,6 +31,7 @@ impl Dispatcher {
         Self {
             pool,
             tick: Duration::from_millis(10),
+            retention: None,
         }
     }
 
@@ -39,12 +41,22 @@ impl Dispatcher {
         self
     }
 
+    /// How long messages are kept at least, whoever has consumed them: one minute to ten years. It is stored in the database, which has 3 days
+    /// until something else is said, and holds for all dispatchers; see [`retention::set_keep`].
+    pub fn retention(mut self, keep: Duration) -> Self {
+        self.retention = Some(keep);
+        self
+    }
+
     /// Starts in the background; returns once it is connected. In a database that was restored from another cluster it first does what
     /// [`restore::rebase`] does, and logs that as a warning.
     ///
-    /// **Errors.** A schema that is missing, older or newer; a first connection that fails; a restore that has not ended.
+    /// **Errors.** A schema that is missing, older or newer; a retention that is out of range; a first connection that fails; a restore that has not ended.
     pub async fn start(self) -> Result<DispatcherHandle, postbox::Error> {
         postbox::check_schema(&self.pool).await?;
+        if let Some(keep) = self.retention {
+            retention::set_keep(&self.pool, keep).await?;
+        }
         let counters = Arc::new(Counters::default());
         let sequencer = self.connect(&counters).await?;
         let timing = Arc::new(timers::Counters::default());
@@ -84,6 +96,7 @@ impl Dispatcher {
     ) {
         let (pool, tick) = (&self.pool, self.tick);
         let expiry = expiry::run(pool.clone());
+        let retention = retention::run(pool.clone());
         let sequencing = async {
             let mut sequencer = first;
             info!("dispatching");
@@ -106,6 +119,7 @@ impl Dispatcher {
         tokio::select! {
             () = token.cancelled() => {}
             () = expiry => {}
+            () = retention => {}
             () = sequencing => {}
             () = timers => {}
         }

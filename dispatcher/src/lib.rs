@@ -16,12 +16,15 @@
 mod cron;
 pub mod dead_letters;
 mod dispatcher;
+pub mod doctor;
 mod expiry;
 pub mod messages;
 mod promotion;
 pub mod restore;
+pub mod retention;
 mod sequencer;
 pub mod status;
+pub mod subscriptions;
 mod timers;
 
 pub use dispatcher::{Dispatcher, DispatcherHandle};

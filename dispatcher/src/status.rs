@@ -14,12 +14,36 @@ pub struct Status {
     pub dispatchers: i64,
     /// When the newest messages were sequenced.
     pub last_tick_at: Option<DateTime<Utc>>,
+    /// How long messages are kept at least, in seconds.
+    pub keep_seconds: f64,
+    /// The slots of the ring, 0 to 7.
+    pub slots: Vec<SlotStatus>,
     /// Topics by name.
     pub topics: Vec<TopicStatus>,
     /// Subscriptions by group and topic.
     pub subscriptions: Vec<SubscriptionStatus>,
     /// Consumer instances, the newest first.
     pub consumers: Vec<ConsumerStatus>,
+}
+
+/// A slot of the ring.
+#[derive(Debug, Serialize, FromRow)]
+#[non_exhaustive]
+pub struct SlotStatus {
+    /// Slot.
+    pub slot: i16,
+    /// Whether it is being filled.
+    pub current: bool,
+    /// When the newest of its messages were sequenced; `None`: it has none.
+    pub newest_at: Option<DateTime<Utc>>,
+    /// Topics with messages in it.
+    pub topics: i64,
+    /// What its tables and indexes take, in bytes.
+    pub bytes: i64,
+    /// Whether all its messages are older than they are kept.
+    pub overdue: bool,
+    /// Which subscriptions keep it from being truncated (`group on topic`, …).
+    pub held_by: Option<String>,
 }
 
 /// A topic.
@@ -54,6 +78,30 @@ pub struct SubscriptionStatus {
     pub next_offset: i64,
     /// Upper bound of the messages not settled: those from `position` on.
     pub lag: i64,
+    /// Messages not settled, without those in redelivery.
+    pub backlog: i64,
+    /// Whether `backlog` is exact; else its lanes are more than 65,536 offsets apart, and it is estimated as if keys were spread evenly.
+    pub backlog_exact: bool,
+    /// When the oldest message that is not settled was published; `None`: there is none.
+    pub oldest_at: Option<DateTime<Utc>>,
+    /// Whether a live consumer serves it.
+    pub live: bool,
+    /// When a dispatcher last saw a live consumer of it, to the hour.
+    pub last_live_at: DateTime<Utc>,
+    /// Messages older than they are kept that stay because it has not settled them.
+    pub held_messages: i64,
+    /// Their payloads, in bytes; whole segments.
+    pub held_bytes: i64,
+    /// Since when the oldest of them is there.
+    pub held_since: Option<DateTime<Utc>>,
+    /// Whether no message is started.
+    pub paused: bool,
+    /// Most messages started a second by all instances together.
+    pub rate_limit: Option<f64>,
+    /// Most messages started a second by each instance.
+    pub instance_rate_limit: Option<f64>,
+    /// When messages are started, such as `22:00-06:00 Europe/Berlin`; `None`: always.
+    pub drain_window: Option<String>,
     /// Messages that failed and wait for their next attempt; those that an operator has put back are among them.
     pub retrying: i64,
     /// Messages that wait for a failed one of their key.
@@ -92,9 +140,13 @@ pub struct ConsumerStatus {
 const TOPICS: &str = "SELECT name AS topic, postbox.first_offset(name) AS first_offset, postbox.next_offset(name) AS next_offset \
      FROM postbox.topic ORDER BY name";
 
-/// Redelivery is bounded, and dead letters are counted by an index. An instance that never had a heartbeat reports an empty object.
-const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes, l.owned, \
-         least(l.position, n.next_offset) AS position, n.next_offset, greatest(n.next_offset - l.position, 0) AS lag, \
+/// Redelivery is bounded, and dead letters are counted by an index. An instance that never had a heartbeat reports an empty object. What is held back is looked for only where the oldest message is older than messages are kept.
+const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes, \
+         (SELECT count(*) FROM postbox.lane l WHERE l.subscription_id = s.id AND postbox.is_live(l.consumer_id)) AS owned, \
+         b.position, b.next_offset, b.next_offset - b.position AS lag, b.messages AS backlog, b.exact AS backlog_exact, b.oldest_at, \
+         s.id IN (SELECT * FROM postbox.live_subscriptions()) AS live, s.last_live_at, \
+         coalesce(h.messages, 0) AS held_messages, coalesce(h.bytes, 0) AS held_bytes, h.since AS held_since, \
+         s.paused, s.rate_limit, s.instance_rate_limit, s.drain_window, \
          r.retrying, r.parked, r.halted, \
          (SELECT count(*) FROM postbox.dead_letter d WHERE d.subscription_id = s.id) AS dead, \
          (SELECT b.breaker FROM postbox.consumer c \
@@ -104,16 +156,13 @@ const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes
                  AND b.breaker IS NOT NULL AND postbox.is_live(c.id) \
              ORDER BY array_position(ARRAY['open', 'full', 'closed'], b.breaker) LIMIT 1) AS breaker \
      FROM postbox.subscription s \
+     CROSS JOIN LATERAL postbox.backlog(s.id) b \
      CROSS JOIN LATERAL ( \
          SELECT count(*) FILTER (WHERE r.state IN ('retry', 'trying', 'redriven')) AS retrying, \
              count(*) FILTER (WHERE r.state = 'parked') AS parked, count(*) FILTER (WHERE r.state = 'halted') AS halted \
          FROM postbox.redelivery r WHERE r.subscription_id = s.id) r \
-     CROSS JOIN LATERAL (SELECT postbox.next_offset(s.topic) AS next_offset) n \
-     CROSS JOIN LATERAL ( \
-         SELECT count(*) FILTER (WHERE postbox.is_live(t.consumer_id)) AS owned, \
-             min(least(t.position, (SELECT min(p) FROM unnest(t.pending) p))) AS position \
-         FROM postbox.lane l CROSS JOIN LATERAL postbox.lane_state(l.subscription_id, l.lane) t \
-         WHERE l.subscription_id = s.id) l \
+     CROSS JOIN LATERAL postbox.held_back( \
+         CASE WHEN b.oldest_at <= postbox.clock() - (SELECT r.keep FROM postbox.retention r) THEN s.id END) h \
      ORDER BY s.group_name, s.topic";
 
 const CONSUMERS: &str = "SELECT c.id, c.name, c.pid, \
@@ -133,10 +182,21 @@ pub async fn read(pool: &PgPool) -> Result<Status, postbox::Error> {
         last_tick_at: sqlx::query_scalar("SELECT at FROM postbox.tick ORDER BY id DESC LIMIT 1")
             .fetch_optional(pool)
             .await?,
+        keep_seconds: sqlx::query_scalar("SELECT extract(epoch FROM keep)::float8 FROM postbox.retention")
+            .fetch_one(pool)
+            .await?,
+        slots: sqlx::query_as("SELECT * FROM postbox.slots()")
+            .fetch_all(pool)
+            .await?,
         topics: sqlx::query_as(TOPICS).fetch_all(pool).await?,
-        subscriptions: sqlx::query_as(SUBSCRIPTIONS).fetch_all(pool).await?,
+        subscriptions: subscriptions(pool).await?,
         consumers: sqlx::query_as(CONSUMERS).fetch_all(pool).await?,
     })
+}
+
+/// The subscriptions alone, by group and topic.
+pub async fn subscriptions(pool: &PgPool) -> Result<Vec<SubscriptionStatus>, postbox::Error> {
+    Ok(sqlx::query_as(SUBSCRIPTIONS).fetch_all(pool).await?)
 }
 
 /// How many dispatchers are connected. While there is none, messages wait in the outbox.

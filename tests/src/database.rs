@@ -1,7 +1,7 @@
 //! Fresh databases.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -43,8 +43,6 @@ pub struct TestDatabase {
     url: String,
     name: String,
     server: TestPostgres,
-    /// By how many microseconds its clock is ahead.
-    ahead: AtomicU64,
 }
 
 impl TestDatabase {
@@ -104,7 +102,6 @@ impl TestDatabase {
             url,
             name,
             server,
-            ahead: AtomicU64::new(0),
         })
     }
 
@@ -131,6 +128,32 @@ impl TestDatabase {
             .map_err(Error::sql(format!("connect to {}", self.name)))
     }
 
+    /// Moves Postbox's time on, by so much more at every call: what is published from now on, due, expired or retained goes by the moved time.
+    /// Leases and heartbeats do not.
+    ///
+    /// # Errors
+    /// Where the database has no schema or does not answer.
+    pub async fn advance(&self, by: Duration) -> Result<(), Error> {
+        const MOVE: &str = "DO $$ BEGIN EXECUTE format(
+            'CREATE OR REPLACE FUNCTION postbox.clock() RETURNS timestamptz LANGUAGE sql VOLATILE PARALLEL SAFE
+             RETURN clock_timestamp() + interval ''%s microseconds''',
+            round(extract(epoch FROM postbox.clock() - clock_timestamp()) * 1000000) + current_setting('postbox_test.by')::numeric); END $$";
+        let moving = || Error::sql("move the clock");
+        let mut tx = self.pool.begin().await.map_err(moving())?;
+        sqlx::query("SELECT set_config('postbox_test.by', $1, true)")
+            .bind(by.as_micros().to_string())
+            .execute(&mut *tx)
+            .await
+            .map_err(moving())?;
+        sqlx::raw_sql(MOVE).execute(&mut *tx).await.map_err(moving())?;
+        // The dispatchers need not find out by themselves.
+        sqlx::raw_sql("NOTIFY postbox_scheduled; NOTIFY postbox_cron")
+            .execute(&mut *tx)
+            .await
+            .map_err(moving())?;
+        tx.commit().await.map_err(moving())
+    }
+
     /// For programs and libraries that connect by themselves.
     pub fn url(&self) -> &str {
         &self.url
@@ -139,27 +162,6 @@ impl TestDatabase {
     /// The database's name. It needs no quotes in SQL.
     pub fn name(&self) -> &str {
         &self.name
-    }
-
-    /// Moves the clock of this database's messages forward: what becomes due by that is delivered, what expires does, and so on. Calls add up.
-    /// Leases and heartbeats go by the real clock, so consumers do not seem dead.
-    ///
-    /// # Errors
-    /// Where the database has no schema of Postbox, or cannot be reached.
-    pub async fn advance(&self, span: Duration) -> Result<(), Error> {
-        let span = u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
-        let ahead = span + self.ahead.fetch_add(span, Ordering::Relaxed);
-        let mut connection = self.connect().await?;
-        let clock = format!(
-            "create or replace function postbox.clock() returns timestamptz language sql volatile parallel safe \
-             return clock_timestamp() + interval '{ahead} microseconds'"
-        );
-        execute(&mut connection, clock).await?;
-        // The dispatchers need not find out by themselves.
-        for channel in ["postbox_scheduled", "postbox_cron"] {
-            execute(&mut connection, format!("notify {channel}")).await?;
-        }
-        connection.close().await.map_err(Error::sql("disconnect"))
     }
 
     /// The server that the database is in.

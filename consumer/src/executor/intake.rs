@@ -118,9 +118,12 @@ impl Executor {
             .len()
             .max(self.unrecorded + self.journal.entries.len())
             < self.plan.window;
-        room && self.intake() == Intake::Closed
-            // Nothing that is in memory can be the probe, so it is the next message.
-            || self.wants_probe()
+        self.open
+            // Under a limit there is no use in more than may soon run.
+            && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency)
+            && (room && self.intake() == Intake::Closed
+                // Nothing that is in memory can be the probe, so it is the next message.
+                || self.wants_probe())
     }
 
     /// Takes in messages of blocks that were read; says whether there were any.

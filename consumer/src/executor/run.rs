@@ -33,7 +33,10 @@ impl Executor {
             return;
         };
         if let Some(job) = self.queue_behind_its_key(job) {
-            if self.running.len() >= self.plan.concurrency || !self.ready.is_empty() || self.breaker.is_open()
+            if self.running.len() >= self.plan.concurrency
+                || !self.ready.is_empty()
+                || self.breaker.is_open()
+                || (self.throttle.is_limited() && !self.throttle.allows(Instant::now()))
             {
                 self.unsettled.insert(offset, lane);
                 self.hold_key(&job);
@@ -74,6 +77,9 @@ impl Executor {
 
     /// Starts what is ready or due again; says whether there was anything.
     pub(super) fn start_ready(&mut self) -> bool {
+        if !self.open {
+            return false;
+        }
         let now = Instant::now();
         match self.breaker.allowed(now) {
             Allowed::All => self.start_all(now),
@@ -87,7 +93,7 @@ impl Executor {
             self.ready.push_back(job);
         }
         let mut budget = super::intake::INTAKE;
-        while budget > 0 && self.has_room() && !self.breaker.is_open() {
+        while budget > 0 && self.has_room() && !self.breaker.is_open() && self.throttle.allows(now) {
             let Some(job) = self.next_ready() else { break };
             self.start(job);
             budget -= 1;
@@ -106,7 +112,7 @@ impl Executor {
 
     /// One message, to see whether the handler works again.
     fn start_probe(&mut self, now: Instant) -> bool {
-        if !self.has_room() {
+        if !self.has_room() || !self.throttle.allows(now) {
             return false;
         }
         let Some(job) = self.due_retry(now).or_else(|| self.ready.pop_front()) else {
@@ -132,10 +138,19 @@ impl Executor {
 
     /// When something is to be started that waits only for the time.
     pub(super) fn next_start(&self, now: Instant) -> Option<Instant> {
-        let retry = || self.retries.keys().next().map(|(due, _)| *due);
+        if !self.open {
+            return None;
+        }
+        let throttled = self.throttle.ready_at();
+        let next = || {
+            let ready = throttled.filter(|_| !self.ready.is_empty() && self.has_room());
+            let retry = self.retries.keys().next().map(|(due, _)| *due);
+            let retry = retry.map(|due| throttled.map_or(due, |at| due.max(at)));
+            [ready, retry].into_iter().flatten().min()
+        };
         match self.breaker.allowed(now) {
-            Allowed::All => retry(),
-            Allowed::Probe if self.has_room() => retry(),
+            Allowed::All => next(),
+            Allowed::Probe if self.has_room() => next(),
             Allowed::Probe => None,
             Allowed::Nothing => self.breaker.wakes_at(),
         }
@@ -146,6 +161,7 @@ impl Executor {
     }
 
     pub(super) fn start(&mut self, job: Job) {
+        self.throttle.spend();
         if self.is_suspect(&job) {
             return self.put_on_trial(job);
         }

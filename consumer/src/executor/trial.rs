@@ -85,8 +85,8 @@ impl Executor {
         self.next_trial();
     }
 
-    fn next_trial(&mut self) {
-        if self.trials.running.is_some() || self.stop_by.is_some() {
+    pub(super) fn next_trial(&mut self) {
+        if self.trials.running.is_some() || self.stop_by.is_some() || !self.open {
             return;
         }
         let Some(mut job) = self.trials.queue.pop_front() else {

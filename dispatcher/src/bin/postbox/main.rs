@@ -5,6 +5,7 @@ mod consume;
 mod cron;
 mod database;
 mod dead_letters;
+mod doctor;
 mod messages;
 mod migrate;
 mod output;
@@ -16,6 +17,7 @@ mod scheduled;
 mod shutdown;
 mod span;
 mod status;
+mod subscriptions;
 mod table;
 
 use std::io::IsTerminal;
@@ -45,6 +47,9 @@ enum Command {
     Migrate(migrate::Args),
     Run(run::Args),
     Status(status::Args),
+    Doctor(doctor::Args),
+    #[command(subcommand)]
+    Subscriptions(subscriptions::Command),
     Publish(publish::Args),
     Consume(consume::Args),
     Messages(messages::Args),
@@ -70,6 +75,8 @@ async fn main() -> ExitCode {
         Command::Migrate(args) => done(migrate::run(&database, args).await),
         Command::Run(args) => done(run::run(&database, args).await),
         Command::Status(args) => done(status::run(&database, args).await),
+        Command::Doctor(args) => done(doctor::run(&database, args).await),
+        Command::Subscriptions(command) => subscriptions::run(&database, command).await,
         Command::Publish(args) => done(publish::run(&database, args).await),
         Command::Consume(args) => done(consume::run(&database, args).await),
         Command::Messages(args) => messages::run(&database, args).await,

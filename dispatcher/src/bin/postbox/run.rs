@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use postbox_dispatcher::Dispatcher;
+use postbox_dispatcher::{Dispatcher, retention};
 use tracing::info;
 
 use crate::database::Database;
@@ -20,6 +20,13 @@ pub(crate) struct Args {
     /// The pause between two steps under load, 1ms to 1s: a longer one costs less a message and adds its length to the latency
     #[arg(long, value_name = "SPAN", default_value = "10ms", value_parser = tick)]
     tick: Duration,
+    /// How long messages are kept at least, 1m to 3650d, whoever has consumed them; stored in the database, which says 3d at first
+    #[arg(long, value_name = "SPAN", value_parser = span::parse)]
+    retention: Option<Duration>,
+    /// Drop subscriptions, with their failed messages and dead letters, that had no live consumer for so long, or `never`; stored in the
+    /// database, which says never at first
+    #[arg(long, value_name = "SPAN", value_parser = expiry)]
+    expire_abandoned: Option<Expiry>,
 }
 
 pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
@@ -29,10 +36,15 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
         let applied = postbox::migrate(&pool).await?;
         info!(schema_version = postbox::SCHEMA_VERSION, ?applied, "migrated");
     }
-    Dispatcher::new(pool)
-        .tick(args.tick)
-        .run_until(stop.cancelled_owned())
-        .await?;
+    let mut dispatcher = Dispatcher::new(pool.clone()).tick(args.tick);
+    if let Some(keep) = args.retention {
+        dispatcher = dispatcher.retention(keep);
+    }
+    if let Some(Expiry(after)) = args.expire_abandoned {
+        postbox::check_schema(&pool).await?;
+        retention::set_expiry(&pool, after).await?;
+    }
+    dispatcher.run_until(stop.cancelled_owned()).await?;
     info!("stopped");
     Ok(())
 }
@@ -42,5 +54,18 @@ fn tick(text: &str) -> Result<Duration, String> {
     match (Duration::from_millis(1)..=Duration::from_secs(1)).contains(&tick) {
         true => Ok(tick),
         false => Err("the tick is 1ms to 1s".to_owned()),
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Expiry(Option<Duration>);
+
+fn expiry(text: &str) -> Result<Expiry, String> {
+    if text == "never" {
+        return Ok(Expiry(None));
+    }
+    match span::parse(text)? {
+        Duration::ZERO => Err("it is more than zero, or never".to_owned()),
+        after => Ok(Expiry(Some(after))),
     }
 }

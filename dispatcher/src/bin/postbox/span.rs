@@ -1,4 +1,4 @@
-//! Spans of time on the command line: `4ms`, `20s`, `5m`, `1h`; a bare number is seconds.
+//! Spans of time on the command line: `4ms`, `20s`, `5m`, `1h`, `3d`; a bare number is seconds.
 
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ pub(crate) fn parse(text: &str) -> Result<Duration, String> {
         "s" | "" => 1.0,
         "m" => 60.0,
         "h" => 3600.0,
+        "d" => 86400.0,
         _ => return Err(refusal()),
     };
     let number: f64 = number.parse().map_err(|_| refusal())?;
@@ -19,7 +20,7 @@ pub(crate) fn parse(text: &str) -> Result<Duration, String> {
 }
 
 fn refusal() -> String {
-    "a span is a number with ms, s, m or h, such as 250ms or 30s".to_owned()
+    "a span is a number with ms, s, m, h or d, such as 250ms or 30s".to_owned()
 }
 
 #[cfg(test)]
@@ -30,8 +31,9 @@ mod tests {
     fn a_span_has_a_unit_or_is_in_seconds() {
         assert_eq!(parse("4ms"), Ok(Duration::from_millis(4)));
         assert_eq!(parse("1.5"), Ok(Duration::from_millis(1500)));
+        assert_eq!(parse("3d"), Ok(Duration::from_secs(259_200)));
         assert_eq!(parse("2m"), Ok(Duration::from_secs(120)));
-        for wrong in ["", "s", "4 ms", "-1s", "1d", "1e400", "1.2.3"] {
+        for wrong in ["", "s", "4 ms", "-1s", "1w", "1e400", "1.2.3"] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }
     }

@@ -11,13 +11,15 @@ use crate::table::Table;
 ///
 /// Topics: the earliest retained offset and the offset that the next message gets. Subscriptions: lanes are the parts into which the keys
 /// are divided, owned by live consumers of all there are; the position is the least offset that is not settled; the lag is the number of
-/// messages from there on, an upper bound of those not settled. Retrying: failed messages that wait for their next attempt; parked: messages
+/// messages from there on, an upper bound of those not settled; the backlog is what is not settled, and oldest how long ago the first of it was
+/// published. Retrying: failed messages that wait for their next attempt; parked: messages
 /// behind a failed one of their key; halted: exhausted messages whose keys wait for an operator; dead: dead letters, halted ones among them
 /// (postbox dead-letters). Breaker: open (messages fail broadly, so intake stopped and probes go on), full (as many failed messages wait as
-/// may), closed (all is well). Consumers: a dead one is shown for a day.
+/// may), closed (all is well). Consumers: a dead one is shown for a day. Slots that are older than messages are kept and still
+/// there are named with who holds them.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Print one JSON object: schema_version, dispatchers, last_tick_at, topics, subscriptions, consumers
+    /// Print one JSON object: schema_version, dispatchers, last_tick_at, keep_seconds, slots, topics, subscriptions, consumers
     #[arg(long)]
     json: bool,
 }
@@ -33,10 +35,13 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
     output.line(&summary(&status, now))?;
     for table in [
         topics(&status.topics),
-        subscriptions(&status.subscriptions),
+        subscriptions(&status.subscriptions, now),
         consumers(&status.consumers, now),
     ] {
         output.line(&format_args!("\n{table}"))?;
+    }
+    for warning in stuck(&status) {
+        output.line(&format_args!("\n{warning}"))?;
     }
     Ok(())
 }
@@ -49,10 +54,31 @@ fn summary(status: &Status, now: DateTime<Utc>) -> String {
     let last_tick = status
         .last_tick_at
         .map_or_else(|| "none yet".to_owned(), |at| instant(at, now));
+    let bytes: i64 = status.slots.iter().map(|slot| slot.bytes).sum();
     format!(
-        "Schema version  {}\nDispatchers     {dispatchers}\nLast tick       {last_tick}",
-        status.schema_version
+        "Schema version  {}\nDispatchers     {dispatchers}\nLast tick       {last_tick}\nRetention       {}, {} MB in the ring",
+        status.schema_version,
+        age(TimeDelta::milliseconds((status.keep_seconds * 1000.0) as i64)),
+        megabytes(bytes)
     )
+}
+
+/// Who holds back what is older than messages are kept.
+fn stuck(status: &Status) -> impl Iterator<Item = String> {
+    status
+        .subscriptions
+        .iter()
+        .filter(|subscription| subscription.held_messages > 0)
+        .map(|subscription| {
+            let since = subscription.held_since.map_or_else(String::new, |at| format!(", the oldest of {}", clock(at)));
+            format!(
+                "{} on {} holds back {} messages ({} MB) that are older than messages are kept{since}: `postbox doctor` says more",
+                subscription.group_name,
+                subscription.topic,
+                subscription.held_messages,
+                megabytes(subscription.held_bytes)
+            )
+        })
 }
 
 fn topics(topics: &[TopicStatus]) -> Table {
@@ -67,10 +93,10 @@ fn topics(topics: &[TopicStatus]) -> Table {
     table
 }
 
-fn subscriptions(subscriptions: &[SubscriptionStatus]) -> Table {
+fn subscriptions(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Table {
     let heads = [
-        "group", "topic", "order", "lanes", "position", "next", "lag", "retrying", "parked", "halted",
-        "dead", "breaker",
+        "group", "topic", "order", "lanes", "position", "next", "lag", "backlog", "oldest", "retrying",
+        "parked", "halted", "dead", "breaker",
     ];
     let mut table = Table::new("Subscriptions", &heads);
     for subscription in subscriptions {
@@ -82,6 +108,11 @@ fn subscriptions(subscriptions: &[SubscriptionStatus]) -> Table {
             subscription.position.into(),
             subscription.next_offset.into(),
             subscription.lag.into(),
+            subscription.backlog.into(),
+            subscription
+                .oldest_at
+                .map_or_else(|| "-".to_owned(), |at| age(now - at))
+                .into(),
             subscription.retrying.into(),
             subscription.parked.into(),
             subscription.halted.into(),
@@ -116,6 +147,11 @@ fn consumers(consumers: &[ConsumerStatus], now: DateTime<Utc>) -> Table {
     table
 }
 
+/// Rounded up.
+pub(crate) fn megabytes(bytes: i64) -> i64 {
+    (bytes + 999_999) / 1_000_000
+}
+
 fn instant(at: DateTime<Utc>, now: DateTime<Utc>) -> String {
     format!("{} ({} ago)", clock(at), age(now - at))
 }
@@ -125,7 +161,7 @@ fn clock(at: DateTime<Utc>) -> String {
 }
 
 /// In the largest unit that fits. The clocks of the database and this machine may differ a little.
-fn age(age: TimeDelta) -> String {
+pub(crate) fn age(age: TimeDelta) -> String {
     match age.num_seconds().max(0) {
         seconds @ 0..120 => format!("{seconds} s"),
         seconds @ 120..7_200 => format!("{} min", seconds / 60),

@@ -1,0 +1,206 @@
+//! Turns the ring: truncates slots that are old enough and consumed, and watches for subscriptions that nobody serves.
+//!
+//! What may be truncated, and in which order locks are taken, is in the SQL functions (`migrations/0004_retention.sql`) and in
+//! ARCHITECTURE.md, "The ring". Here is only when to try.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use sqlx::postgres::types::PgInterval;
+use sqlx::{Connection, FromRow, PgConnection, PgPool};
+use tracing::{info, warn};
+
+/// The pause between two turns: a slot is truncated in thousands of them.
+const EVERY: Duration = Duration::from_secs(60);
+/// Short slots turn faster, and what was busy is tried again soon.
+const SOON: Duration = Duration::from_secs(1);
+const SLOTS: i16 = 8;
+
+/// Checks are newer than locks only if every statement has a snapshot of its own.
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+
+const TRUNCATE_LOG: &str =
+    "SELECT $1 AS slot, outcome, messages, bytes, detail FROM postbox.truncate_log($1)";
+
+/// Each alone: none depends on another.
+const TRUNCATE_REST: [&str; 3] = [
+    "SELECT postbox.truncate_checkpoints($1)",
+    "SELECT postbox.truncate_settlements($1)",
+    "SELECT postbox.truncate_ticks($1)",
+];
+
+const SLOT_SECONDS: &str = "SELECT extract(epoch FROM keep)::float8 / 6 FROM postbox.retention";
+
+/// A lock that was not had in time (`lock_not_available`): others would have had to wait.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+
+/// What became of the ring at one look.
+#[derive(Debug, Clone, Default, Serialize)]
+#[non_exhaustive]
+pub struct Turn {
+    /// The slots with their messages, in order.
+    pub slots: Vec<SlotTurn>,
+    /// Subscriptions that were dropped because they had been abandoned for too long (`group on topic`).
+    pub expired: Vec<String>,
+}
+
+impl Turn {
+    /// How many slots of messages were truncated.
+    pub fn truncated(&self) -> usize {
+        self.slots
+            .iter()
+            .filter(|slot| slot.outcome == "truncated")
+            .count()
+    }
+
+    fn is_busy(&self) -> bool {
+        self.slots.iter().any(|slot| slot.outcome == "busy")
+    }
+}
+
+/// What became of a slot.
+#[derive(Debug, Clone, Serialize, FromRow)]
+#[non_exhaustive]
+pub struct SlotTurn {
+    /// Slot, 0 to 7.
+    pub slot: i16,
+    /// `in use`, `empty`, `carried` (the topics' offsets, so that they never restart; truncated at a later turn), `young`, `held`, `unsequenced`,
+    /// `busy` or `truncated`.
+    pub outcome: String,
+    /// Messages truncated.
+    pub messages: i64,
+    /// Bytes given back to the file system.
+    pub bytes: i64,
+    /// Which subscriptions hold it, or which transaction keeps it busy.
+    pub detail: Option<String>,
+}
+
+/// Turns the ring once: truncates whatever slots are due. A dispatcher does it every minute by itself.
+///
+/// Nobody waits for it longer than 100 ms: a lock that it cannot have is left, and the slot is `busy`.
+///
+/// **Errors.** Missing privileges (it needs the owner of the tables, or `TRUNCATE`); a lost connection.
+pub async fn turn(pool: &PgPool) -> Result<Turn, postbox::Error> {
+    let mut connection = pool.acquire().await?;
+    let mut turn = Turn::default();
+    for slot in 0..SLOTS {
+        for truncate in TRUNCATE_REST {
+            rest(&mut connection, truncate, slot).await?;
+        }
+        let log = log(&mut connection, slot).await?;
+        if log.outcome == "truncated" {
+            info!(
+                slot,
+                messages = log.messages,
+                bytes = log.bytes,
+                "truncated a slot"
+            );
+        }
+        turn.slots.push(log);
+    }
+    turn.expired = sqlx::query_scalar("SELECT expired FROM postbox.watch_subscriptions()")
+        .fetch_all(&mut *connection)
+        .await?;
+    for subscription in &turn.expired {
+        warn!(
+            subscription,
+            "dropped a subscription that had no live consumer for longer than the policy allows"
+        );
+    }
+    Ok(turn)
+}
+
+async fn log(connection: &mut PgConnection, slot: i16) -> Result<SlotTurn, sqlx::Error> {
+    let mut tx = connection.begin_with(BEGIN).await?;
+    let truncated = sqlx::query_as(TRUNCATE_LOG).bind(slot).fetch_one(&mut *tx).await;
+    match truncated {
+        Ok(row) => {
+            tx.commit().await?;
+            Ok(row)
+        }
+        Err(error) if is_busy(&error) => {
+            tx.rollback().await?;
+            Ok(SlotTurn {
+                slot,
+                outcome: "busy".to_owned(),
+                messages: 0,
+                bytes: 0,
+                detail: Some("a lock was not had in time".to_owned()),
+            })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn rest(connection: &mut PgConnection, truncate: &'static str, slot: i16) -> Result<(), sqlx::Error> {
+    let mut tx = connection.begin_with(BEGIN).await?;
+    match sqlx::query(truncate).bind(slot).execute(&mut *tx).await {
+        Ok(_) => tx.commit().await,
+        Err(error) if is_busy(&error) => tx.rollback().await,
+        Err(error) => Err(error),
+    }
+}
+
+fn is_busy(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .is_some_and(|error| error.code().as_deref() == Some(LOCK_NOT_AVAILABLE))
+}
+
+/// How long messages are kept at least, one minute to ten years (3 days unless it was set). The ring's slots become a sixth of it.
+///
+/// **Errors.** A span out of range; a role that does not own the schema.
+pub async fn set_keep(pool: &PgPool, keep: Duration) -> Result<(), postbox::Error> {
+    sqlx::query("SELECT postbox.set_retention($1)")
+        .bind(interval(keep))
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
+/// After how long without a live consumer a subscription is dropped, with its failed messages and dead letters; `None`, as it is unless it
+/// was set: never. Counted in hours, and only while a dispatcher runs.
+pub async fn set_expiry(pool: &PgPool, after: Option<Duration>) -> Result<(), postbox::Error> {
+    sqlx::query("UPDATE postbox.retention SET expire_abandoned_after = $1 WHERE expire_abandoned_after IS DISTINCT FROM $1")
+        .bind(after.map(interval))
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
+fn interval(span: Duration) -> PgInterval {
+    PgInterval {
+        months: 0,
+        days: 0,
+        microseconds: i64::try_from(span.as_micros()).unwrap_or(i64::MAX),
+    }
+}
+
+pub(crate) async fn run(pool: PgPool) {
+    let mut busy = 0;
+    loop {
+        let wait = match turn(&pool).await {
+            Ok(turn) => {
+                busy = if turn.is_busy() { busy + 1 } else { 0 };
+                wait(&pool, busy).await
+            }
+            Err(error) => {
+                warn!(%error, "cannot turn the ring; trying again in a minute");
+                EVERY
+            }
+        };
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// A twentieth of a slot, a minute at most; after a busy slot soon, but ever less so.
+async fn wait(pool: &PgPool, busy: u32) -> Duration {
+    let slot = sqlx::query_scalar(SLOT_SECONDS).fetch_one(pool).await;
+    let regular = slot.map_or(EVERY, |seconds: f64| {
+        Duration::from_secs_f64((seconds / 20.0).max(0.0)).clamp(SOON, EVERY)
+    });
+    match busy {
+        0 => regular,
+        times => (SOON * 2_u32.saturating_pow(times.min(6))).min(regular),
+    }
+}

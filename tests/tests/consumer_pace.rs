@@ -1,0 +1,211 @@
+//! Pace: pause, rate limits, daily windows.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use postbox_consumer::{State, handler, handlers};
+use postbox_dispatcher::subscriptions::{self, Change};
+use postbox_testkit::eventually;
+use support::{Bench, History, PATIENCE, Step, bench, publish_steps, settled, step, steps};
+
+#[handler(group = "paced", concurrency = 64)]
+async fn handle(step: Step, State(history): State<History>) {
+    history.note(&step, Instant::now());
+}
+
+async fn change(bench: &Bench, change: Change) {
+    let changed = subscriptions::change(bench.db.pool(), "paced", None, &change)
+        .await
+        .unwrap();
+    assert_eq!(changed, 1);
+}
+
+/// How many runs began in each of these seconds.
+fn in_span(history: &History, from: Instant, span: Duration) -> usize {
+    history
+        .runs()
+        .iter()
+        .filter(|run| run.began >= from && run.began < from + span)
+        .count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_stops_within_a_second_and_a_resume_goes_on() {
+    let bench = bench().await;
+    let history = History::default();
+    let consumer = bench
+        .consumer(handlers![handle])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
+    change(&bench, Change::RateLimit(Some(500.0))).await;
+    publish_steps(&bench.pool(), &steps(50, 60)).await;
+    history.has(100).await;
+    change(&bench, Change::Paused(true)).await;
+    let paused = Instant::now();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let then = history.len();
+    assert!(then < 3_000);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(
+        history.len(),
+        then,
+        "something ran later than a second after the pause, at {paused:?}"
+    );
+    let status = postbox_dispatcher::status::subscriptions(bench.db.pool())
+        .await
+        .unwrap();
+    assert!(
+        status[0].paused && status[0].backlog == 3_000 - then as i64,
+        "{status:?}"
+    );
+    change(&bench, Change::RateLimit(None)).await;
+    change(&bench, Change::Paused(false)).await;
+    history.has(3_000).await;
+    history.assert_in_order_and_alone(50, 60);
+    consumer.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_starts_paused_runs_nothing() {
+    let bench = bench().await;
+    let history = History::default();
+    let consumer = bench
+        .consumer(handlers![handle])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
+    consumer.shutdown().await.unwrap();
+    change(&bench, Change::Paused(true)).await;
+    publish_steps(&bench.pool(), &steps(5, 5)).await;
+    let consumer = bench
+        .consumer(handlers![handle])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
+    eventually(PATIENCE, async || {
+        let owned = bench
+            .number("SELECT count(*) FROM postbox.lane WHERE consumer_id IS NOT NULL")
+            .await;
+        if owned == 32 { Ok(()) } else { Err(owned) }
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(history.len(), 0);
+    change(&bench, Change::Paused(false)).await;
+    settled(bench.db.pool(), "paced").await;
+    assert_eq!(history.len(), 25);
+    consumer.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_limit_holds_over_two_instances_and_an_instance_limit_for_each() {
+    let bench = bench().await;
+    let (first, second) = (History::default(), History::default());
+    let one = bench
+        .consumer(handlers![handle])
+        .state(first.clone())
+        .start()
+        .await
+        .unwrap();
+    change(&bench, Change::Paused(true)).await;
+    change(&bench, Change::RateLimit(Some(800.0))).await;
+    publish_steps(&bench.pool(), &steps(640, 20)).await;
+    let two = bench
+        .consumer(handlers![handle])
+        .state(second.clone())
+        .start()
+        .await
+        .unwrap();
+    eventually(PATIENCE, async || {
+        let least = bench
+            .number("SELECT coalesce(min(n), 0) FROM (SELECT count(*) n FROM postbox.lane WHERE consumer_id IS NOT NULL GROUP BY consumer_id) t")
+            .await;
+        if least == 16 { Ok(()) } else { Err(format!("the least has {least} lanes")) }
+    })
+    .await;
+    change(&bench, Change::Paused(false)).await;
+    let before = first.len() + second.len();
+    eventually(PATIENCE, async || {
+        if first.len() + second.len() > before {
+            Ok(())
+        } else {
+            Err("nothing runs")
+        }
+    })
+    .await;
+    let from = Instant::now();
+    let span = Duration::from_secs(6);
+    tokio::time::sleep(span).await;
+    let (a, b) = (in_span(&first, from, span), in_span(&second, from, span));
+    assert!((4_560..=5_040).contains(&(a + b)), "{a} and {b} in {span:?}");
+    assert!((2_160..=2_640).contains(&a), "shared fairly: {a} and {b}");
+
+    change(&bench, Change::InstanceRateLimit(Some(100.0))).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let from = Instant::now();
+    let span = Duration::from_secs(5);
+    tokio::time::sleep(span).await;
+    for history in [&first, &second] {
+        let ran = in_span(history, from, span);
+        assert!((475..=525).contains(&ran), "{ran} in {span:?}");
+    }
+    change(&bench, Change::RateLimit(None)).await;
+    change(&bench, Change::InstanceRateLimit(None)).await;
+    settled(bench.db.pool(), "paced").await;
+    assert_eq!(first.len() + second.len(), 12_800);
+    one.shutdown().await.unwrap();
+    two.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_window_opens_and_closes_by_the_clock_of_its_zone() {
+    let bench = bench().await;
+    let history = History::default();
+    let consumer = bench
+        .consumer(handlers![handle])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
+    // Noon in Berlin on the next day.
+    let to_noon: f64 = sqlx::query_scalar(
+        "SELECT extract(epoch FROM (date_trunc('day', now() AT TIME ZONE 'Europe/Berlin') + interval '36 hours') \
+             AT TIME ZONE 'Europe/Berlin' - now())::float8",
+    )
+    .fetch_one(bench.db.pool())
+    .await
+    .unwrap();
+    bench.db.advance(Duration::from_secs_f64(to_noon)).await.unwrap();
+    change(
+        &bench,
+        Change::DrainWindow(Some("22:00-06:00 Europe/Berlin".parse().unwrap())),
+    )
+    .await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let hour = Duration::from_secs(3600);
+    let mut n = 0;
+    for (hours, open) in [(0, false), (9, false), (2, true), (6, true), (2, false)] {
+        // At 12, 21, 23, 05 and 07.
+        bench.db.advance(hour * hours).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        let before = history.len();
+        publish_steps(&bench.pool(), &[step("k", n)]).await;
+        n += 1;
+        if open {
+            history.has(n as usize).await;
+        } else {
+            tokio::time::sleep(Duration::from_millis(800)).await;
+            assert_eq!(history.len(), before, "it ran {n} outside the window");
+        }
+    }
+    change(&bench, Change::DrainWindow(None)).await;
+    history.has(5).await;
+    history.assert_in_order_and_alone(1, 5);
+    consumer.shutdown().await.unwrap();
+}
