@@ -1,0 +1,4 @@
+#[test]
+fn x() {
+    let _ = stateright::Expectation::Always;
+}
