@@ -20,8 +20,7 @@ use crate::role::{Role, RoleArgs, until_it_starts};
 const HANG: Duration = Duration::from_secs(60);
 
 pub(crate) async fn run(args: RoleArgs) -> anyhow::Result<()> {
-    // What it abandons is what a kill leaves behind too, so nobody looks into the core.
-    let role = Role::begin(&args, 10)?;
+    let role = Role::begin(&args, 10, &[])?;
     let instance = Instance::new(&args, &role);
     let consumer = until_it_starts(&role.stop, async || {
         Consumer::new(role.pool.clone())

@@ -12,7 +12,7 @@ pub(crate) const LEASE: Duration = Duration::from_secs(6);
 /// From here on a freeze may outlast the lease, which counts from the last heartbeat, up to two seconds before it.
 pub(crate) const PAST_LEASE: Duration = Duration::from_millis(3_500);
 
-pub(crate) const KEYS: u64 = 48;
+pub(crate) const KEYS: u64 = 100;
 pub(crate) const CONSUMERS: usize = 3;
 pub(crate) const MOST_CONSUMERS: usize = 5;
 pub(crate) const DISPATCHERS: usize = 2;

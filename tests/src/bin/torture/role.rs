@@ -1,12 +1,12 @@
 //! What all processes of the ordeal have in common: how they are told what to be, and how they end.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use sqlx::PgPool;
-use sqlx::postgres::PgPoolOptions;
-use tokio::io::AsyncReadExt;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -35,7 +35,11 @@ pub(crate) struct Role {
 }
 
 impl Role {
-    pub(crate) fn begin(args: &RoleArgs, connections: u32) -> anyhow::Result<Self> {
+    pub(crate) fn begin(
+        args: &RoleArgs,
+        connections: u32,
+        settings: &[(&'static str, &'static str)],
+    ) -> anyhow::Result<Self> {
         tracing_subscriber::fmt()
             .with_env_filter(
                 EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sqlx=error")),
@@ -43,10 +47,11 @@ impl Role {
             .with_writer(std::io::stderr)
             .with_ansi(false)
             .init();
+        let options: PgConnectOptions = args.database_url.parse()?;
         let pool = PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(Duration::from_secs(5))
-            .connect_lazy(&args.database_url)?;
+            .connect_lazy_with(options.options(settings.iter().copied()));
         let stop = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
         let token = stop.clone();
@@ -54,10 +59,10 @@ impl Role {
             terminate.recv().await;
             token.cancel();
         });
-        // Its standard input is a pipe from the process that judges; nobody is left behind when that one is gone.
-        tokio::spawn(async {
-            let mut input = [0; 1];
-            let _ = tokio::io::stdin().read(&mut input).await;
+        // Its standard input is a pipe from the process that judges; nobody is left behind when that one is gone. A thread, because the
+        // runtime would wait for such a read at its end.
+        std::thread::spawn(|| {
+            let _ = std::io::stdin().read(&mut [0; 1]);
             std::process::exit(3);
         });
         Ok(Self {
