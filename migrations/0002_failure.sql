@@ -8,6 +8,7 @@ CREATE TABLE postbox.redelivery (
     state           text        NOT NULL CHECK (state IN ('retry', 'parked', 'trying', 'halted', 'redriven', 'released')),
     attempt         integer     NOT NULL,
     due_at          timestamptz NOT NULL,
+    failed_at       timestamptz,
     errors          jsonb       NOT NULL DEFAULT '[]',
     seq             bigint      NOT NULL,
     id              uuid        NOT NULL,
@@ -30,6 +31,7 @@ COMMENT ON COLUMN postbox.redelivery.state IS
     'retry: waits for due_at, and its key for it. parked: waits for its predecessors. trying: an attempt that was recorded before it ran, because a process may die of it. halted: attempts exhausted, its key waits for an operator. redriven: an operator wants it run again. released: an operator lets its key go on.';
 COMMENT ON COLUMN postbox.redelivery.attempt IS 'Attempts made; 0: none.';
 COMMENT ON COLUMN postbox.redelivery.due_at IS 'When the next attempt is due.';
+COMMENT ON COLUMN postbox.redelivery.failed_at IS 'When it first failed; null: it has not yet.';
 COMMENT ON COLUMN postbox.redelivery.errors IS 'The last twenty failures: attempt, at, error, instance.';
 COMMENT ON COLUMN postbox.redelivery.seq IS 'outbox.seq.';
 COMMENT ON COLUMN postbox.redelivery.id IS 'Message id.';
@@ -173,10 +175,10 @@ BEGIN
     LEFT JOIN postbox.lane l ON l.subscription_id = u.subscription_id AND l.lane = u.lane AND l.epoch = u.epoch
         AND l.consumer_id = by_consumer;
 
-    INSERT INTO postbox.redelivery AS r (subscription_id, "offset", lane, state, attempt, due_at, errors, seq, id, published_at,
-        type, key, key_hash, headers, content_type, payload)
-    SELECT u.subscription_id, u."offset", u.lane, CASE WHEN u.state IN ('dead', 'done') THEN 'retry' ELSE u.state END, u.attempt,
-        postbox.clock() + make_interval(secs => u.wait), u.errors, u.seq, u.id, u.published_at, u.type, u.key, u.key_hash, u.headers,
+    INSERT INTO postbox.redelivery AS r (subscription_id, "offset", lane, state, attempt, due_at, failed_at, errors, seq, id,
+        published_at, type, key, key_hash, headers, content_type, payload)
+    SELECT u.subscription_id, u."offset", u.lane, CASE u.state WHEN 'dead' THEN 'retry' ELSE u.state END, u.attempt,
+        postbox.clock() + make_interval(secs => u.wait), CASE WHEN u.errors <> '[]' THEN postbox.clock() END, u.errors, u.seq, u.id, u.published_at, u.type, u.key, u.key_hash, u.headers,
         u.content_type, u.payload
     FROM unnest(of_subscriptions, of_lanes, offsets, states, attempts, waits, errors, ids, seqs, published, types, keys, key_hashes,
             headers, content_types, payloads, fresh)
@@ -185,11 +187,13 @@ BEGIN
     WHERE u.fresh AND u.id IS NOT NULL AND u.state <> 'done'
     ON CONFLICT (subscription_id, "offset") DO UPDATE
     SET state = excluded.state, attempt = excluded.attempt, due_at = excluded.due_at,
+        failed_at = coalesce(r.failed_at, excluded.failed_at),
         errors = jsonb_path_query_array(r.errors || excluded.errors, '$[last - 19 to last]');
 
     UPDATE postbox.redelivery r
     SET state = CASE WHEN u.state = 'dead' THEN r.state ELSE u.state END, attempt = u.attempt,
         due_at = postbox.clock() + make_interval(secs => u.wait),
+        failed_at = coalesce(r.failed_at, CASE WHEN u.errors <> '[]' THEN postbox.clock() END),
         errors = jsonb_path_query_array(r.errors || u.errors, '$[last - 19 to last]')
     FROM unnest(of_subscriptions, offsets, states, attempts, waits, errors, ids, fresh)
         AS u (subscription_id, "offset", state, attempt, wait, errors, id, fresh)
@@ -252,7 +256,7 @@ BEGIN
         FROM gone g
         -- A halted one is still there.
         ON CONFLICT (subscription_id, "offset") DO UPDATE
-        SET state = 'redriven', attempt = 0, due_at = excluded.due_at, headers = excluded.headers, payload = excluded.payload
+        SET state = 'redriven', attempt = 0, due_at = excluded.due_at, failed_at = NULL, headers = excluded.headers, payload = excluded.payload
         RETURNING 1
     )
     SELECT count(*) INTO redriven FROM back;

@@ -53,6 +53,26 @@ impl Record {
         })
     }
 
+    /// A message by itself.
+    pub(crate) fn alone(message: StoredMessage) -> Self {
+        Self {
+            block: Arc::new(Block {
+                base: message.offset.get(),
+                bytes: message.payload.len(),
+                entries: vec![Entry::Message(message)],
+            }),
+            index: 0,
+        }
+    }
+
+    /// The same message without the rest of its block, for one that stays long.
+    pub(crate) fn detached(self) -> Self {
+        match self.block.entries.len() {
+            1 => self,
+            _ => Self::alone(self.message().clone()),
+        }
+    }
+
     pub(crate) fn message(&self) -> &StoredMessage {
         match &self.block.entries[self.index as usize] {
             Entry::Message(message) => message,

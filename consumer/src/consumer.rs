@@ -14,6 +14,7 @@ use tracing::{info, warn};
 use crate::error::Error;
 use crate::handler::HandlerDefinition;
 use crate::process::Process;
+use crate::progress::Intake;
 use crate::state::States;
 use crate::subscription::{Subscription, plan_all};
 
@@ -53,6 +54,7 @@ pub(crate) struct Settings {
     pub(crate) lease: Duration,
     pub(crate) grace: Duration,
     pub(crate) window: usize,
+    pub(crate) max_failing: usize,
     pub(crate) unknown_types: UnknownType,
 }
 
@@ -83,6 +85,7 @@ impl Consumer {
                 lease: Duration::from_secs(10),
                 grace: Duration::from_secs(30),
                 window: 1024,
+                max_failing: 1000,
                 unknown_types: UnknownType::default(),
             },
         }
@@ -131,6 +134,13 @@ impl Consumer {
     /// queue fills it, so a larger one lets more other keys pass a hot key, and repeats more after a crash.
     pub fn window(mut self, messages: usize) -> Self {
         self.settings.window = messages.max(1);
+        self
+    }
+
+    /// How many messages of a subscription may fail at once, over all instances, before no more are taken in (default 1,000; those parked
+    /// behind them and those whose keys are halted do not count). Those that fail go on being retried.
+    pub fn max_failing(mut self, messages: usize) -> Self {
+        self.settings.max_failing = messages.max(1);
         self
     }
 
@@ -223,8 +233,14 @@ pub struct SubscriptionStats {
     pub discarded: u64,
     /// Messages of a type that no handler takes.
     pub unknown: u64,
-    /// Messages that failed and wait for their next attempt.
+    /// Messages that failed and run again.
     pub retrying: u64,
+    /// Messages given up since it started.
+    pub dead: u64,
+    /// Messages given up whose keys wait for an operator.
+    pub halted: u64,
+    /// Whether the circuit breaker is open: everything fails, and no more is taken in until a probe succeeds.
+    pub breaker_open: bool,
     /// Offset after the last message taken in.
     pub position: i64,
 }
@@ -250,6 +266,9 @@ impl ConsumerHandle {
                 discarded: counters.discarded.load(Ordering::Relaxed),
                 unknown: counters.unknown.load(Ordering::Relaxed),
                 retrying: counters.retrying.load(Ordering::Relaxed),
+                dead: counters.dead.load(Ordering::Relaxed),
+                halted: counters.halted.load(Ordering::Relaxed),
+                breaker_open: counters.intake() == Intake::Open,
                 position: counters.position.load(Ordering::Relaxed),
             }
         };

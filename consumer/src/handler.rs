@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
+use crate::dead_letter::DeadLetter;
 use crate::extract::{Extract, Invocation};
 use crate::retry::Retry;
 use crate::state::StateType;
@@ -43,8 +44,12 @@ pub struct HandlerDefinition {
     pub(crate) retry: Retry,
     pub(crate) transactional: bool,
     pub(crate) states: Vec<StateType>,
+    pub(crate) on_dead_letter: Option<DeadLetterHook>,
     pub(crate) run: Option<Arc<dyn Fn(Invocation) -> BoxFuture<Outcome> + Send + Sync>>,
 }
+
+/// What runs when a message was given up.
+pub(crate) type DeadLetterHook = Arc<dyn Fn(DeadLetter) -> BoxFuture<Outcome> + Send + Sync>;
 
 /// Who gets each message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +78,7 @@ impl HandlerDefinition {
             retry: Retry::default(),
             transactional: false,
             states: Vec::new(),
+            on_dead_letter: None,
             run: None,
         }
     }
@@ -139,9 +145,18 @@ impl HandlerDefinition {
         self
     }
 
-    /// When a failed message runs again.
+    /// When a failed message runs again, and when it is given up.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
+        self
+    }
+
+    /// What runs once a message of this handler is among the dead letters; see [`DeadLetter`] for its guarantee.
+    pub fn on_dead_letter(
+        mut self,
+        hook: impl Fn(DeadLetter) -> BoxFuture<Outcome> + Send + Sync + 'static,
+    ) -> Self {
+        self.on_dead_letter = Some(Arc::new(hook));
         self
     }
 
@@ -246,6 +261,8 @@ pub(crate) enum Decision {
     RetryIn(Duration),
     /// Not again: it is settled and counted.
     Discard,
+    /// Not again: to the dead letters, however many attempts are left.
+    DeadLetter,
     /// After this span, as if it had not run.
     Postpone(Duration),
 }
@@ -272,6 +289,15 @@ impl HandlerError {
     pub fn postpone(span: Duration, why: impl fmt::Display) -> Self {
         Self {
             decision: Decision::Postpone(span),
+            reason: why.to_string(),
+        }
+    }
+
+    /// Not retried: the message goes to the dead letters at once, for an operator to look at. Its key goes on or waits as the handler's
+    /// [`Retry`] says.
+    pub fn dead_letter(why: impl fmt::Display) -> Self {
+        Self {
+            decision: Decision::DeadLetter,
             reason: why.to_string(),
         }
     }

@@ -21,6 +21,25 @@ pub(crate) struct OwnedLane {
     pub(crate) done: HashSet<i64>,
     /// How many of its messages are running.
     pub(crate) running: usize,
+    /// How many owners in a row died before it got past what they were doing.
+    pub(crate) crashes: i32,
+    /// Up to where that may have been; the executor's to know.
+    pub(crate) suspect_below: i64,
+}
+
+impl OwnedLane {
+    /// A lane that begins at `cut`, with nothing behind it.
+    pub(crate) fn new(epoch: i32, cut: i64) -> Self {
+        Self {
+            epoch,
+            cut,
+            pending: HashSet::new(),
+            done: HashSet::new(),
+            running: 0,
+            crashes: 0,
+            suspect_below: i64::MIN,
+        }
+    }
 }
 
 /// What is known of a lane at a look at the database.

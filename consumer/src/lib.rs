@@ -29,14 +29,19 @@
 //! ```
 
 mod block;
+mod breaker;
 mod consumer;
+mod dead_letter;
 mod error;
 mod executor;
 mod extract;
 mod handler;
+mod journal;
 mod lane;
 mod process;
 mod progress;
+mod record;
+mod redelivery;
 mod replay;
 mod retry;
 mod router;
@@ -47,6 +52,7 @@ mod subscription;
 mod topic_log;
 
 pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats, UnknownType};
+pub use dead_letter::DeadLetter;
 pub use error::Error;
 pub use extract::{Delivery, Extract, Invocation, Json, Raw, State, Tx};
 pub use handler::{
@@ -54,4 +60,4 @@ pub use handler::{
     Start,
 };
 pub use postbox_macros::{handler, handlers};
-pub use retry::Retry;
+pub use retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};

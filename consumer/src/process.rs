@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use crate::consumer::{Settings, log_subscription};
 use crate::error::Error;
-use crate::executor::{Command, Executor};
+use crate::executor::{Claim, Command, Executor};
 use crate::handler::Start;
 use crate::lane::OwnedLane;
 use crate::session::{Ended, Session};
@@ -123,15 +123,12 @@ impl Process {
             let log = self.logs[&subscription.plan.topic].clone();
             let position = start_offset(&self.pool, &subscription.plan.topic, subscription.start).await?;
             let (commands, receiver) = mpsc::unbounded_channel();
-            let lane = OwnedLane {
-                epoch: 0,
-                cut: position,
-                pending: HashSet::new(),
-                done: HashSet::new(),
-                running: 0,
+            let claim = Claim {
+                lanes: vec![(0, OwnedLane::new(0, position))],
+                ..Claim::default()
             };
             // The receiver is right here.
-            let _ = commands.send(Command::Claimed(vec![(0, lane)]));
+            let _ = commands.send(Command::Claimed(claim));
             let executor = Executor::new(subscription.plan.clone(), 1, log, None, receiver);
             self.broadcasts.push((commands, tokio::spawn(executor.run())));
         }

@@ -1,10 +1,12 @@
 //! How far a subscription is settled, as its executor tells it to the session.
 
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
+
+use crate::journal::Journal;
 
 /// How far the lanes of a subscription are settled.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,30 +23,51 @@ pub(crate) struct LanePosition {
     pub(crate) position: i64,
 }
 
-/// The newest snapshot that is not yet written, from the executor to the session.
+/// What is not yet written, from the executor to the session.
 pub(crate) struct Progress {
-    snapshot: Mutex<Option<Snapshot>>,
+    unwritten: Mutex<Unwritten>,
     dirty: Arc<Notify>,
+}
+
+/// The newest snapshot, and everything that belongs to it.
+#[derive(Default)]
+pub(crate) struct Unwritten {
+    /// How many reports there were: the executor is told the number of the last one that was written.
+    pub(crate) number: u64,
+    pub(crate) snapshot: Option<Snapshot>,
+    pub(crate) journal: Journal,
 }
 
 impl Progress {
     pub(crate) fn new(dirty: Arc<Notify>) -> Self {
         Self {
-            snapshot: Mutex::new(None),
+            unwritten: Mutex::default(),
             dirty,
         }
     }
 
-    pub(crate) fn put(&self, snapshot: Snapshot) {
-        *self.snapshot.lock().unwrap_or_else(PoisonError::into_inner) = Some(snapshot);
+    /// A report; returns its number.
+    pub(crate) fn put(&self, snapshot: Snapshot, journal: Journal) -> u64 {
+        let number = {
+            let mut unwritten = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner);
+            unwritten.number += 1;
+            unwritten.snapshot = Some(snapshot);
+            unwritten.journal.absorb(journal);
+            unwritten.number
+        };
         self.dirty.notify_one();
+        number
     }
 
-    pub(crate) fn take(&self) -> Option<Snapshot> {
-        self.snapshot
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+    /// What was reported since the last time, if anything.
+    pub(crate) fn take(&self) -> Option<Unwritten> {
+        let mut unwritten = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner);
+        let snapshot = unwritten.snapshot.take()?;
+        Some(Unwritten {
+            number: unwritten.number,
+            snapshot: Some(snapshot),
+            journal: std::mem::take(&mut unwritten.journal),
+        })
     }
 }
 
@@ -60,11 +83,51 @@ pub(crate) struct Counters {
     pub(crate) position: AtomicI64,
     /// Messages that failed and wait for their next attempt.
     pub(crate) retrying: AtomicU64,
+    /// Messages given up.
+    pub(crate) dead: AtomicU64,
+    /// Messages given up whose keys wait for an operator.
+    pub(crate) halted: AtomicU64,
+    /// [`Intake`] as a number.
+    pub(crate) intake: AtomicU8,
+}
+
+/// Whether messages are taken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Intake {
+    /// The breaker is closed.
+    Closed,
+    /// The breaker is open: everything fails.
+    Open,
+    /// So many messages fail that no more are taken in.
+    Full,
+}
+
+impl Intake {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Intake::Closed => "closed",
+            Intake::Open => "open",
+            Intake::Full => "full",
+        }
+    }
 }
 
 impl Counters {
     pub(crate) fn add(counter: &AtomicU64) {
         counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_intake(&self, intake: Intake) {
+        self.intake.store(intake as u8, Ordering::Relaxed);
+    }
+
+    pub(crate) fn intake(&self) -> Intake {
+        match self.intake.load(Ordering::Relaxed) {
+            1 => Intake::Open,
+            2 => Intake::Full,
+            _ => Intake::Closed,
+        }
     }
 }
 

@@ -17,10 +17,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::error::Error;
-use crate::executor::{Command, Event, Executor, Membership};
+use crate::executor::{Claim, Command, Event, Executor, Membership};
 use crate::lane::{LaneRow, OwnedLane, plan};
 use crate::process::Process;
 use crate::progress::{Lease, Progress, Snapshot};
+use crate::record::Columns;
+use crate::redelivery;
 use crate::subscription::Kind;
 
 /// How often members and lanes are looked at.
@@ -37,6 +39,8 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(4);
 
 pub(crate) struct Session {
     id: i32,
+    /// Of the instance.
+    name: String,
     /// Holds the session's one connection; closing it ends the session.
     pool: PgPool,
     listener: PgListener,
@@ -92,7 +96,9 @@ const LOOK: &str = "WITH locked AS MATERIALIZED (
         'lanes', (SELECT coalesce(json_agg(json_build_object('subscription', l.subscription_id, 'lane', l.lane,
                 'epoch', l.epoch, 'owner', l.consumer_id) ORDER BY l.subscription_id, l.lane), '[]')
             FROM postbox.lane l WHERE l.subscription_id = ANY ($1)),
-        'heads', (SELECT coalesce(json_object_agg(t, postbox.next_offset(t)), '{}') FROM unnest($2::text[]) t))";
+        'heads', (SELECT coalesce(json_object_agg(t, postbox.next_offset(t)), '{}') FROM unnest($2::text[]) t),
+        'decided', (SELECT coalesce(json_agg(DISTINCT r.subscription_id), '[]') FROM postbox.redelivery r
+            WHERE r.subscription_id = ANY ($1) AND r.state IN ('redriven', 'released')))";
 
 /// Lane, epoch, position, pending, done and crashes, as `postbox.claim` returns them.
 type ClaimedRow = (i16, i32, i64, Vec<i64>, Vec<i64>, i32);
@@ -102,6 +108,8 @@ struct Look {
     members: Vec<Member>,
     lanes: Vec<LaneOf>,
     heads: HashMap<String, i64>,
+    /// Subscriptions of which operators decided something.
+    decided: Vec<i32>,
 }
 
 #[derive(Deserialize)]
@@ -215,6 +223,7 @@ impl Session {
         debug!(consumer = id, "session opened");
         Ok(Self {
             id,
+            name: process.settings.name.clone(),
             pool,
             listener,
             lease,
@@ -274,6 +283,8 @@ impl Session {
                 },
                 Some(event) = self.events.recv() => {
                     if let Event::Released { subscription, snapshot } = event {
+                        // What became of their messages goes first.
+                        self.checkpoint().await?;
                         self.release(subscription, snapshot).await?;
                     }
                     next_look = Instant::now();
@@ -340,6 +351,10 @@ impl Session {
         let (dead, again) = self.find_dead(&look);
         for n in 0..self.services.len() {
             self.arrange(n, &look, &dead).await?;
+        }
+        for service in self.services.iter().filter(|s| look.decided.contains(&s.id)) {
+            let held = in_time(redelivery::of_operators(&mut self.listener, service.id)).await?;
+            service.command(Command::Decided(held));
         }
         Ok(again)
     }
@@ -450,49 +465,46 @@ impl Session {
             of = service.lanes,
             "claimed lanes"
         );
-        let lanes = claimed.into_iter().map(|(lane, epoch, cut, pending, done, _)| {
-            service.owned.insert(lane as u16, epoch);
-            let pending = pending.into_iter().filter(|offset| *offset < cut).collect();
-            (
-                lane as u16,
-                OwnedLane {
-                    epoch,
-                    cut,
-                    pending,
+        let numbers: Vec<i16> = claimed.iter().map(|(lane, ..)| *lane).collect();
+        let lanes = claimed
+            .into_iter()
+            .map(|(lane, epoch, cut, pending, done, crashes)| {
+                service.owned.insert(lane as u16, epoch);
+                let lane_state = OwnedLane {
+                    pending: pending.into_iter().filter(|offset| *offset < cut).collect(),
                     done: done.into_iter().collect(),
-                    running: 0,
-                },
-            )
-        });
-        let lanes = lanes.collect();
-        service.command(Command::Claimed(lanes));
+                    crashes,
+                    ..OwnedLane::new(epoch, cut)
+                };
+                (lane as u16, lane_state)
+            })
+            .collect();
+        // Only the owner writes them, so they are as they will be when the executor gets them.
+        let held = in_time(redelivery::of_lanes(&mut self.listener, service.id, &numbers)).await?;
+        let parked = in_time(redelivery::parked_keys(&mut self.listener, service.id, &numbers)).await?;
+        service.command(Command::Claimed(Claim { lanes, held, parked }));
         Ok(())
     }
 
-    /// Writes what the executors settled; `false` if some lane turned out to have another owner.
+    /// Writes what the executors reported; `false` if some lane turned out to have another owner.
     async fn checkpoint(&mut self) -> Result<bool, Lost> {
         self.checkpointed = Instant::now();
         let mut columns = Columns::default();
-        for service in &self.services {
-            if let Some(snapshot) = service.progress.take() {
-                columns.push(service, snapshot);
+        let mut written = Vec::new();
+        for (n, service) in self.services.iter().enumerate() {
+            if let Some(unwritten) = service.progress.take() {
+                written.push((n, unwritten.number));
+                columns.push(service.id, unwritten);
             }
         }
-        if columns.lanes.is_empty() {
+        if columns.is_empty() {
             return Ok(true);
         }
-        let sent = columns.lanes.len() as i64;
-        let query = sqlx::query_scalar("SELECT postbox.checkpoint($1, $2, $3, $4, $5, $6, $7)")
-            .bind(self.id)
-            .bind(columns.subscriptions)
-            .bind(columns.lanes)
-            .bind(columns.epochs)
-            .bind(columns.positions)
-            .bind(columns.pending_subscriptions)
-            .bind(columns.pending)
-            .fetch_one(&mut self.listener);
-        let accepted: i64 = in_time(query).await?;
-        Ok(accepted == sent)
+        let complete = in_time(columns.write(&mut self.listener, self.id, &self.name)).await?;
+        for (n, number) in written {
+            self.services[n].command(Command::Recorded(number));
+        }
+        Ok(complete)
     }
 
     async fn release(&mut self, subscription: i32, snapshot: Snapshot) -> Result<(), Lost> {
@@ -504,7 +516,7 @@ impl Session {
             return Ok(());
         };
         let mut columns = Columns::default();
-        columns.push(service, snapshot);
+        columns.push_snapshot(service.id, snapshot);
         for lane in &columns.lanes {
             service.owned.remove(&(*lane as u16));
         }
@@ -530,7 +542,20 @@ impl Session {
         while !self.services.iter().all(|service| service.task.is_finished()) {
             tokio::time::sleep(Duration::from_millis(5)).await;
             self.heartbeat(process).await?;
+            // Some runs wait for their attempt to be recorded.
+            if self.checkpointed.elapsed() >= CHECKPOINT_EVERY {
+                self.checkpoint().await?;
+            }
         }
+        let mut last = Vec::new();
+        let mut columns = Columns::default();
+        for service in &self.services {
+            if let Some(unwritten) = service.progress.take() {
+                last.extend(unwritten.snapshot.clone().map(|snapshot| (service.id, snapshot)));
+                columns.push(service.id, unwritten);
+            }
+        }
+        in_time(columns.write(&mut self.listener, self.id, &self.name)).await?;
         while let Ok(event) = self.events.try_recv() {
             if let Event::Released {
                 subscription,
@@ -540,11 +565,8 @@ impl Session {
                 self.release(subscription, snapshot).await?;
             }
         }
-        for n in 0..self.services.len() {
-            let service = &self.services[n];
-            if let Some(snapshot) = service.progress.take() {
-                self.release(service.id, snapshot).await?;
-            }
+        for (subscription, snapshot) in last {
+            self.release(subscription, snapshot).await?;
         }
         let query = sqlx::query("DELETE FROM postbox.consumer WHERE id = $1")
             .bind(self.id)
@@ -558,32 +580,6 @@ impl Service {
     fn command(&self, command: Command) {
         // An executor that ended is noticed when the session ends.
         let _ = self.commands.send(command);
-    }
-}
-
-/// Lanes of several subscriptions, column by column.
-#[derive(Default)]
-struct Columns {
-    subscriptions: Vec<i32>,
-    lanes: Vec<i16>,
-    epochs: Vec<i32>,
-    positions: Vec<i64>,
-    pending_subscriptions: Vec<i32>,
-    pending: Vec<i64>,
-}
-
-impl Columns {
-    fn push(&mut self, service: &Service, snapshot: Snapshot) {
-        for lane in snapshot.lanes {
-            self.subscriptions.push(service.id);
-            self.lanes.push(lane.lane as i16);
-            self.epochs.push(lane.epoch);
-            self.positions.push(lane.position);
-        }
-        for offset in snapshot.pending {
-            self.pending_subscriptions.push(service.id);
-            self.pending.push(offset);
-        }
     }
 }
 
@@ -618,6 +614,9 @@ fn report(process: &Process) -> serde_json::Value {
                 "handled": plan.counters.handled.load(Ordering::Relaxed),
                 "failed": plan.counters.failed.load(Ordering::Relaxed),
                 "retrying": plan.counters.retrying.load(Ordering::Relaxed),
+                "dead": plan.counters.dead.load(Ordering::Relaxed),
+                "halted": plan.counters.halted.load(Ordering::Relaxed),
+                "breaker": plan.counters.intake().as_str(),
             })
         })
         .collect();

@@ -30,6 +30,8 @@ pub(crate) struct Fence {
     pub(crate) lane: u16,
     pub(crate) epoch: i32,
     pub(crate) offset: i64,
+    /// It has a row in `postbox.redelivery`, which goes with the same commit.
+    pub(crate) stored: bool,
 }
 
 /// The timeout is below the shortest lease, so that a frozen owner's row locks do not hold up its successor.
@@ -44,9 +46,16 @@ fn settle_and_commit(fence: &Fence) -> String {
         lane,
         epoch,
         offset,
+        stored,
     } = fence;
+    let forget = match stored {
+        true => format!(
+            "DELETE FROM postbox.redelivery WHERE subscription_id = {subscription} AND \"offset\" = {offset}; "
+        ),
+        false => String::new(),
+    };
     format!(
-        "SELECT postbox.settle({consumer}, {subscription}, {lane}::smallint, {epoch}, ARRAY[{offset}]::bigint[]); COMMIT"
+        "SELECT postbox.settle({consumer}, {subscription}, {lane}::smallint, {epoch}, ARRAY[{offset}]::bigint[]); {forget}COMMIT"
     )
 }
 

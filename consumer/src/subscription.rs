@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use postbox::is_name;
 use sqlx::PgPool;
+use tokio::sync::Semaphore;
 
 use crate::consumer::{Settings, UnknownType};
 use crate::error::Error;
@@ -82,9 +83,10 @@ pub(crate) fn plan_all(
     if families.is_empty() {
         return Err(Error::NoHandlers);
     }
+    let trial = Arc::new(Semaphore::new(1));
     families
         .into_iter()
-        .map(|family| family.plan(settings, states, pool))
+        .map(|family| family.plan(settings, states, pool, &trial))
         .collect()
 }
 
@@ -131,7 +133,13 @@ fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a 
 }
 
 impl Family<'_> {
-    fn plan(self, settings: &Settings, states: &Arc<States>, pool: &PgPool) -> Result<Subscription, Error> {
+    fn plan(
+        self,
+        settings: &Settings,
+        states: &Arc<States>,
+        pool: &PgPool,
+        trial: &Arc<Semaphore>,
+    ) -> Result<Subscription, Error> {
         let kind = match self.audience {
             Audience::Group(_) => Kind::Group,
             Audience::Broadcast => Kind::Memory,
@@ -188,6 +196,8 @@ impl Family<'_> {
             window: (concurrency * 8).max(settings.window),
             router,
             unknown: (settings.unknown_types == UnknownType::Fail).then(|| Arc::new(refuse_unknown())),
+            max_failing: settings.max_failing,
+            trial: trial.clone(),
             states: states.clone(),
             pool: pool.clone(),
             counters: Counters::default(),
@@ -223,7 +233,8 @@ fn refuse_unknown() -> Handler {
         .retry(Retry::exponential(
             Duration::from_secs(1),
             Duration::from_secs(60),
-        ))
+        )
+        .unlimited())
         .call(|invocation| {
             Box::pin(async move {
                 let message_type = invocation

@@ -8,7 +8,8 @@ use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use postbox::Offset;
 use postbox::log::{self, Segment};
-use sqlx::PgPool;
+use sqlx::pool::PoolConnection;
+use sqlx::{PgPool, Postgres};
 use tokio::sync::watch;
 
 use crate::block::{Block, Entry};
@@ -74,6 +75,11 @@ impl TopicLog {
     /// Registers lanes that somebody in this process owns; only messages in such lanes are read.
     pub(crate) fn register(&self, interest: &Arc<Interest>) {
         self.lock().interests.push(Arc::downgrade(interest));
+    }
+
+    /// One of the connections for reading.
+    pub(crate) async fn connection(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
+        self.readers.acquire().await
     }
 
     /// Forgets all that was read: the server may have restarted and lost offsets that it had not flushed.

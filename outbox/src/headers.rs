@@ -41,8 +41,8 @@ impl Headers {
         self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
-    /// From stored JSON. What SQL put there as another type than text is kept as its JSON text; what is no object, as the header `headers`.
-    pub(crate) fn from_json(stored: Value) -> Self {
+    /// From JSON as it is stored, for who reads messages by SQL. What SQL put there as another type than text is kept as its JSON text; what is no object, as the header `headers`.
+    pub fn from_json(stored: Value) -> Self {
         let text = |value| match value {
             Value::String(text) => text,
             other => other.to_string(),

@@ -25,7 +25,7 @@ pub struct Delivery {
     pub headers: Headers,
     /// The group it is handled for.
     pub group: Arc<str>,
-    /// Which attempt in this instance this is, from 1.
+    /// Which attempt this is, from 1.
     pub attempt: u32,
     /// When it was inserted into the outbox.
     pub published_at: DateTime<Utc>,

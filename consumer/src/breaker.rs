@@ -1,0 +1,179 @@
+//! The circuit breaker of a subscription: when everything fails, nothing more is taken in.
+//!
+//! Without it an outage downstream would copy the whole backlog, message by message, into `postbox.redelivery`.
+
+use std::time::{Duration, Instant};
+
+/// So many failures in a row, without one success, open it.
+const FAILURES: u32 = 20;
+/// So many messages parked behind failing ones, without one success, open it too: few keys fail slowly.
+const PARKED: u32 = 256;
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LAST_WAIT: Duration = Duration::from_secs(30);
+
+/// Closed: all runs. Open: one message runs now and then, until one succeeds.
+#[derive(Debug, Default)]
+pub(crate) struct Breaker {
+    failures: u32,
+    parked: u32,
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    probe_at: Instant,
+    wait: Duration,
+    /// A probe runs; its offset.
+    probing: Option<i64>,
+}
+
+/// What may be started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Allowed {
+    All,
+    /// One message.
+    Probe,
+    Nothing,
+}
+
+impl Breaker {
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    pub(crate) fn allowed(&self, now: Instant) -> Allowed {
+        match &self.open {
+            None => Allowed::All,
+            Some(open) if open.probing.is_none() && open.probe_at <= now => Allowed::Probe,
+            Some(_) => Allowed::Nothing,
+        }
+    }
+
+    /// When the next probe is due.
+    pub(crate) fn wakes_at(&self) -> Option<Instant> {
+        self.open
+            .as_ref()
+            .filter(|open| open.probing.is_none())
+            .map(|open| open.probe_at)
+    }
+
+    /// A message was started while a probe was allowed.
+    pub(crate) fn probes(&mut self, offset: i64) {
+        if let Some(open) = &mut self.open {
+            open.probing = Some(offset);
+        }
+    }
+
+    /// Whether this message is the probe: its failure says nothing about the message.
+    pub(crate) fn is_probe(&self, offset: i64) -> bool {
+        self.open.as_ref().is_some_and(|open| open.probing == Some(offset))
+    }
+
+    /// A run succeeded; says whether that closed it.
+    pub(crate) fn succeeded(&mut self) -> bool {
+        self.failures = 0;
+        self.parked = 0;
+        self.open.take().is_some()
+    }
+
+    /// A run failed; says whether that opened it.
+    pub(crate) fn failed(&mut self, offset: i64, now: Instant) -> bool {
+        match &mut self.open {
+            Some(open) if open.probing == Some(offset) => {
+                open.wait = (open.wait * 2).min(LAST_WAIT);
+                open.probe_at = now + open.wait;
+                open.probing = None;
+                false
+            }
+            // It began before the breaker opened.
+            Some(_) => false,
+            None => {
+                self.failures += 1;
+                self.failures >= FAILURES && self.open(now)
+            }
+        }
+    }
+
+    /// A message was parked behind one that fails; says whether that opened it.
+    pub(crate) fn parked(&mut self, now: Instant) -> bool {
+        self.parked += 1;
+        self.open.is_none() && self.parked >= PARKED && self.failures > 0 && self.open(now)
+    }
+
+    /// A run ended without saying anything about the handler: if it was the probe, another is due.
+    pub(crate) fn inconclusive(&mut self, offset: i64) {
+        if let Some(open) = self.open.as_mut().filter(|open| open.probing == Some(offset)) {
+            open.probing = None;
+        }
+    }
+
+    fn open(&mut self, now: Instant) -> bool {
+        self.open = Some(Open {
+            probe_at: now + FIRST_WAIT,
+            wait: FIRST_WAIT,
+            probing: None,
+        });
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opened(now: Instant) -> Breaker {
+        let mut breaker = Breaker::default();
+        for offset in 0..i64::from(FAILURES) - 1 {
+            assert!(!breaker.failed(offset, now));
+        }
+        assert_eq!(breaker.allowed(now), Allowed::All);
+        assert!(breaker.failed(99, now));
+        breaker
+    }
+
+    #[test]
+    fn failures_in_a_row_open_it_and_a_success_between_does_not() {
+        let now = Instant::now();
+        assert_eq!(opened(now).allowed(now), Allowed::Nothing);
+        let mut breaker = Breaker::default();
+        for offset in 0..1000 {
+            assert!(!breaker.failed(offset, now));
+            if offset % 10 == 0 {
+                breaker.succeeded();
+            }
+        }
+    }
+
+    #[test]
+    fn one_probe_at_a_time_waits_longer_after_each_failure_and_a_success_closes() {
+        let now = Instant::now();
+        let mut breaker = opened(now);
+        let mut at = now + FIRST_WAIT;
+        for wait in [2, 4, 8, 16, 30, 30] {
+            assert_eq!(breaker.allowed(at), Allowed::Probe);
+            breaker.probes(1);
+            assert_eq!(breaker.allowed(at), Allowed::Nothing);
+            // One that began before it opened.
+            assert!(!breaker.failed(2, at));
+            assert!(breaker.is_probe(1));
+            breaker.failed(1, at);
+            assert_eq!(breaker.wakes_at(), Some(at + Duration::from_secs(wait)));
+            at += Duration::from_secs(wait);
+        }
+        breaker.probes(1);
+        breaker.inconclusive(1);
+        assert_eq!(breaker.allowed(at), Allowed::Probe);
+        assert!(breaker.succeeded());
+        assert_eq!(breaker.allowed(at), Allowed::All);
+    }
+
+    #[test]
+    fn what_is_parked_behind_failing_keys_opens_it() {
+        let now = Instant::now();
+        let mut breaker = Breaker::default();
+        breaker.failed(0, now);
+        let opened = (0..PARKED).filter(|_| breaker.parked(now)).count();
+        assert_eq!(opened, 1);
+        assert!(breaker.is_open());
+    }
+}

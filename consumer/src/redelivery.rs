@@ -1,0 +1,151 @@
+//! Reading `postbox.redelivery`: what a lane's new owner finds, and what operators put back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use postbox::log::StoredMessage;
+use postbox::{Headers, MessageId, Offset};
+use sqlx::postgres::PgRow;
+use sqlx::{PgExecutor, Row};
+use uuid::Uuid;
+
+/// Parked messages read at once.
+pub(crate) const LOAD: i64 = 128;
+
+/// A message of a lane that passed it without success.
+pub(crate) struct Held {
+    pub(crate) lane: u16,
+    pub(crate) state: HeldState,
+    /// Attempts made.
+    pub(crate) attempts: u32,
+    pub(crate) due_in: Duration,
+    /// Since when it fails.
+    pub(crate) failing_for: Option<Duration>,
+    pub(crate) message: StoredMessage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HeldState {
+    Retry,
+    Parked,
+    Trying,
+    Halted,
+    Redriven,
+    Released,
+}
+
+/// How many messages of a key are parked.
+pub(crate) struct ParkedKey {
+    pub(crate) key: i32,
+    pub(crate) count: usize,
+}
+
+macro_rules! columns {
+    ($rest:literal) => {
+        concat!(
+            "SELECT \"offset\", lane, state, attempt, extract(epoch FROM due_at - postbox.clock())::float8, \
+             extract(epoch FROM postbox.clock() - failed_at)::float8, seq, id, type, key, key_hash, headers, content_type, payload, \
+             published_at FROM postbox.redelivery WHERE subscription_id = $1 AND ",
+            $rest
+        )
+    };
+}
+
+/// Everything that holds a key or runs again; what is parked behind it is read when its turn comes.
+const OF_LANES: &str = columns!("lane = ANY ($2) AND state <> 'parked' ORDER BY \"offset\"");
+
+const OF_OPERATORS: &str = columns!("state IN ('redriven', 'released') ORDER BY \"offset\" LIMIT 256");
+
+const OF_KEY: &str = columns!("key_hash = $2 AND state = 'parked' ORDER BY \"offset\" LIMIT $3");
+
+const PARKED_KEYS: &str = "SELECT key_hash, count(*) FROM postbox.redelivery \
+     WHERE subscription_id = $1 AND lane = ANY ($2) AND state = 'parked' AND key_hash IS NOT NULL GROUP BY key_hash";
+
+/// What is held of lanes that were just claimed, by offset.
+pub(crate) async fn of_lanes(
+    executor: impl PgExecutor<'_>,
+    subscription: i32,
+    lanes: &[i16],
+) -> Result<Vec<Held>, sqlx::Error> {
+    let query = sqlx::query(OF_LANES).bind(subscription).bind(lanes);
+    decode_all(&query.fetch_all(executor).await?)
+}
+
+/// What operators decided and no owner has taken up, by offset.
+pub(crate) async fn of_operators(
+    executor: impl PgExecutor<'_>,
+    subscription: i32,
+) -> Result<Vec<Held>, sqlx::Error> {
+    decode_all(
+        &sqlx::query(OF_OPERATORS)
+            .bind(subscription)
+            .fetch_all(executor)
+            .await?,
+    )
+}
+
+/// The first parked messages of a key, in order, at most [`LOAD`].
+pub(crate) async fn of_key(
+    executor: impl PgExecutor<'_>,
+    subscription: i32,
+    key: i32,
+) -> Result<Vec<Held>, sqlx::Error> {
+    let query = sqlx::query(OF_KEY).bind(subscription).bind(key).bind(LOAD);
+    decode_all(&query.fetch_all(executor).await?)
+}
+
+/// Which keys of these lanes have parked messages.
+pub(crate) async fn parked_keys(
+    executor: impl PgExecutor<'_>,
+    subscription: i32,
+    lanes: &[i16],
+) -> Result<Vec<ParkedKey>, sqlx::Error> {
+    let rows: Vec<(i32, i64)> = sqlx::query_as(PARKED_KEYS)
+        .bind(subscription)
+        .bind(lanes)
+        .fetch_all(executor)
+        .await?;
+    Ok(rows
+        .into_iter()
+        .map(|(key, count)| ParkedKey {
+            key,
+            count: count as usize,
+        })
+        .collect())
+}
+
+fn decode_all(rows: &[PgRow]) -> Result<Vec<Held>, sqlx::Error> {
+    rows.iter().map(decode).collect()
+}
+
+fn decode(row: &PgRow) -> Result<Held, sqlx::Error> {
+    let span = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+    let headers: Option<sqlx::types::Json<serde_json::Value>> = row.try_get(11)?;
+    let state = match row.try_get(2)? {
+        "parked" => HeldState::Parked,
+        "trying" => HeldState::Trying,
+        "halted" => HeldState::Halted,
+        "redriven" => HeldState::Redriven,
+        "released" => HeldState::Released,
+        _ => HeldState::Retry,
+    };
+    Ok(Held {
+        lane: row.try_get::<i16, _>(1)? as u16,
+        state,
+        attempts: row.try_get::<i32, _>(3)?.max(0) as u32,
+        due_in: span(row.try_get(4)?),
+        failing_for: row.try_get::<Option<f64>, _>(5)?.map(span),
+        message: StoredMessage {
+            id: MessageId::from(row.try_get::<Uuid, _>(7)?),
+            offset: Offset::new(row.try_get(0)?),
+            seq: row.try_get(6)?,
+            message_type: row.try_get::<Option<&str>, _>(8)?.map(Arc::from),
+            key: row.try_get::<Option<&str>, _>(9)?.map(Box::from),
+            key_hash: row.try_get(10)?,
+            headers: headers.map(|stored| Box::new(Headers::from_json(stored.0))),
+            content_type: row.try_get::<Option<&str>, _>(12)?.map(Box::from),
+            payload: row.try_get::<&[u8], _>(13)?.into(),
+            published_at: row.try_get(14)?,
+        },
+    })
+}
