@@ -43,7 +43,7 @@ pub(crate) async fn run(args: RoleArgs) -> anyhow::Result<()> {
     group = "plain",
     concurrency = 16,
     timeout = "2s",
-    retry(backoff = "exponential(50ms, 1s)")
+    retry(max_attempts = 6, backoff = "exponential(50ms, 1s)")
 )]
 async fn plain(step: Step, delivery: Delivery, State(instance): State<Instance>) -> Result<(), HandlerError> {
     let run = instance.begin(PLAIN, &delivery, &step.key, step.n);
@@ -56,7 +56,7 @@ async fn plain(step: Step, delivery: Delivery, State(instance): State<Instance>)
     group = "effects",
     concurrency = 8,
     timeout = "2s",
-    retry(backoff = "exponential(50ms, 1s)")
+    retry(max_attempts = 6, backoff = "exponential(50ms, 1s)")
 )]
 async fn effects(
     step: Step,
@@ -195,6 +195,10 @@ impl Instance {
                 self.log.fault("handler_hang");
                 tokio::time::sleep(HANG).await;
             }
+            Fate::Kills => {
+                self.log.fault("handler_poison");
+                std::process::abort();
+            }
         }
         Ok(())
     }
@@ -216,10 +220,12 @@ enum Fate {
     Fails,
     Panics,
     Hangs,
+    /// The process with it.
+    Kills,
 }
 
 impl Fate {
-    /// The same wherever it runs. Nobody fails more than three times, so that no attempts are exhausted.
+    /// The same wherever it runs. Most that fail get through at the fourth attempt; a few are doomed, and are to end as dead letters.
     fn of(seed: u64, group: &str, id: Uuid, attempt: u32, harshness: Harshness) -> Self {
         let about = [group.as_bytes(), id.as_bytes()].concat();
         let throw = chance::throw(seed, &about, 10_000);
@@ -234,6 +240,8 @@ impl Fate {
             300..340 if attempt <= 2 => Fate::Panics,
             340..360 if attempt <= 1 => Fate::Hangs,
             360..560 => Fate::Slow,
+            560..570 => Fate::Fails,
+            570 => Fate::Kills,
             _ => Fate::Fine,
         }
     }
@@ -281,13 +289,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_message_gets_through_in_the_end() {
+    fn all_fates_occur_and_only_the_doomed_never_get_through() {
         let fates = |attempt| {
             (0..20_000).map(move |n| Fate::of(1, PLAIN, Uuid::from_u128(n), attempt, Harshness::Full))
         };
-        for fate in [Fate::Fails, Fate::Panics, Fate::Hangs, Fate::Slow, Fate::Fine] {
+        for fate in [
+            Fate::Fails,
+            Fate::Panics,
+            Fate::Hangs,
+            Fate::Kills,
+            Fate::Slow,
+            Fate::Fine,
+        ] {
             assert!(fates(1).any(|other| other == fate), "{fate:?} never happens");
         }
-        assert!(fates(4).all(|fate| matches!(fate, Fate::Fine | Fate::Slow)));
+        let doomed = fates(4)
+            .filter(|fate| !matches!(fate, Fate::Fine | Fate::Slow))
+            .count();
+        assert!((1..60).contains(&doomed), "{doomed} of 20,000");
     }
 }
