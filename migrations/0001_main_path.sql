@@ -445,6 +445,12 @@ BEGIN
     -- What the caller looked at last is where to go on if nobody took a step since; otherwise the newest tick is.
     SELECT t.last_value INTO newest FROM postbox.tick_id t;
     IF last_tick IS DISTINCT FROM newest OR last_look IS NULL THEN
+        -- Only here: a look that is passed back was taken in this cluster.
+        told := postbox.foreign_xids();
+        IF told IS NOT NULL THEN
+            RAISE EXCEPTION 'postbox must not go on here: %', told USING ERRCODE = 'PB002',
+                HINT = 'The database was restored from another cluster. A dispatcher that starts puts it right by itself; by hand: postbox rebase, or SELECT * FROM postbox.rebase()';
+        END IF;
         SELECT t.id, t.snapshot INTO last_tick, last_look FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
     ELSIF pg_current_snapshot()::text = last_look::text THEN
         -- The same transactions are finished as at the last look: nothing can be new.
@@ -515,7 +521,7 @@ BEGIN
     END IF;
 END $$;
 COMMENT ON FUNCTION postbox.step IS
-    'One step of the sequencer: gives every message that became visible since the last step its offset, and says which topics have new heads. A caller that passes back what it was returned saves looking up the last tick. Any number may call it at once.';
+    'One step of the sequencer: gives every message that became visible since the last step its offset, and says which topics have new heads. A caller that passes back what it was returned saves looking up the last tick. Any number may call it at once. Fails (PB002) in a database that was restored from another cluster, until postbox.rebase().';
 
 CREATE FUNCTION postbox.sequence() RETURNS TABLE (topic text, head bigint, messages bigint)
     LANGUAGE sql VOLATILE AS $$

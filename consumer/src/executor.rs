@@ -37,8 +37,8 @@ use inline_cost::InlineCost;
 use intake::{Reading, Stream};
 use keys::Successors;
 use report::{Afterwards, REPORT_EVERY};
-use trial::Trials;
 pub(crate) use run::{panicked, timed_out};
+use trial::Trials;
 
 /// What a subscription is, for as long as the process runs.
 pub(crate) struct Plan {

@@ -36,6 +36,7 @@ mod error;
 mod executor;
 mod extract;
 mod handler;
+mod inbox;
 mod journal;
 mod lane;
 mod process;
@@ -59,5 +60,6 @@ pub use handler::{
     BoxFuture, DEFAULT_TIMEOUT, DefineHandler, HandlerDefinition, HandlerError, IntoOutcome, Order, Outcome,
     Start,
 };
+pub use inbox::Inbox;
 pub use postbox_macros::{handler, handlers};
 pub use retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};

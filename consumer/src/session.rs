@@ -488,11 +488,18 @@ impl Session {
 
     /// Writes what the executors reported; `false` if some lane turned out to have another owner.
     async fn checkpoint(&mut self) -> Result<bool, Lost> {
+        self.write_reports(|_, _| ()).await
+    }
+
+    async fn write_reports(&mut self, mut seen: impl FnMut(i32, &Snapshot)) -> Result<bool, Lost> {
         self.checkpointed = Instant::now();
         let mut columns = Columns::default();
         let mut written = Vec::new();
         for (n, service) in self.services.iter().enumerate() {
             if let Some(unwritten) = service.progress.take() {
+                if let Some(snapshot) = &unwritten.snapshot {
+                    seen(service.id, snapshot);
+                }
                 written.push((n, unwritten.number));
                 columns.push(service.id, unwritten);
             }
@@ -538,24 +545,20 @@ impl Session {
         for service in &self.services {
             service.command(Command::Stop(grace));
         }
-        // Handlers may need longer than the lease.
-        while !self.services.iter().all(|service| service.task.is_finished()) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        // Handlers may need longer than the lease, and some runs wait for their attempt to be recorded.
+        let mut last = HashMap::new();
+        loop {
+            let ended = self.services.iter().all(|service| service.task.is_finished());
             self.heartbeat(process).await?;
-            // Some runs wait for their attempt to be recorded.
-            if self.checkpointed.elapsed() >= CHECKPOINT_EVERY {
-                self.checkpoint().await?;
+            self.write_reports(|subscription, snapshot| {
+                last.insert(subscription, snapshot.clone());
+            })
+            .await?;
+            if ended {
+                break;
             }
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let mut last = Vec::new();
-        let mut columns = Columns::default();
-        for service in &self.services {
-            if let Some(unwritten) = service.progress.take() {
-                last.extend(unwritten.snapshot.clone().map(|snapshot| (service.id, snapshot)));
-                columns.push(service.id, unwritten);
-            }
-        }
-        in_time(columns.write(&mut self.listener, self.id, &self.name)).await?;
         while let Ok(event) = self.events.try_recv() {
             if let Event::Released {
                 subscription,

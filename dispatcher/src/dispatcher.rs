@@ -8,8 +8,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::expiry;
 use crate::sequencer::{Counters, Sequencer};
+use crate::{expiry, restore};
 
 const RECONNECT_FIRST: Duration = Duration::from_millis(50);
 const RECONNECT_LAST: Duration = Duration::from_secs(5);
@@ -40,13 +40,14 @@ impl Dispatcher {
         self
     }
 
-    /// Starts in the background; returns once it is connected.
+    /// Starts in the background; returns once it is connected. In a database that was restored from another cluster it first does what
+    /// [`restore::rebase`] does, and logs that as a warning.
     ///
-    /// **Errors.** A schema that is missing, older or newer; a first connection that fails.
+    /// **Errors.** A schema that is missing, older or newer; a first connection that fails; a restore that has not ended.
     pub async fn start(self) -> Result<DispatcherHandle, postbox::Error> {
         postbox::check_schema(&self.pool).await?;
         let counters = Arc::new(Counters::default());
-        let sequencer = Sequencer::connect(&self.pool, self.tick, counters.clone()).await?;
+        let sequencer = self.connect(&counters).await?;
         let token = CancellationToken::new();
         let task = tokio::spawn(self.serve(sequencer, counters.clone(), token.clone()));
         Ok(DispatcherHandle {
@@ -83,11 +84,17 @@ impl Dispatcher {
         }
     }
 
+    async fn connect(&self, counters: &Arc<Counters>) -> Result<Sequencer, postbox::Error> {
+        restore::rebase_if_restored(&self.pool).await?;
+        Ok(Sequencer::connect(&self.pool, self.tick, counters.clone()).await?)
+    }
+
     async fn reconnect(&self, counters: &Arc<Counters>) -> Sequencer {
         let mut wait = RECONNECT_FIRST;
         loop {
             tokio::time::sleep(jittered(wait)).await;
-            match Sequencer::connect(&self.pool, self.tick, counters.clone()).await {
+            // What answers now may be another cluster.
+            match self.connect(counters).await {
                 Ok(sequencer) => return sequencer,
                 Err(error) => warn!(%error, "cannot connect; trying again"),
             }

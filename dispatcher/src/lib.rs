@@ -13,8 +13,11 @@
 //! Any number may run at once; none is the leader, and losing one loses nothing. Publishing needs none: while no dispatcher runs, messages wait in the
 //! outbox.
 
+pub mod dead_letters;
 mod dispatcher;
 mod expiry;
+pub mod messages;
+pub mod restore;
 mod sequencer;
 pub mod status;
 

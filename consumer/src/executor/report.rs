@@ -53,7 +53,9 @@ impl Executor {
     }
 
     pub(super) fn put_report(&mut self) {
-        let Some(membership) = &self.membership else { return };
+        let Some(membership) = &self.membership else {
+            return;
+        };
         let progress = membership.progress.clone();
         let journal = std::mem::take(&mut self.journal);
         let number = progress.put(self.snapshot(|_| true), journal);
@@ -74,7 +76,9 @@ impl Executor {
     /// Reports up to this number are in the database.
     pub(super) fn recorded(&mut self, number: u64) {
         while self.recording.front().is_some_and(|(of, _)| *of <= number) {
-            let Some((_, all)) = self.recording.pop_front() else { return };
+            let Some((_, all)) = self.recording.pop_front() else {
+                return;
+            };
             for afterwards in all {
                 self.carry_on(afterwards);
             }
@@ -129,9 +133,7 @@ impl Executor {
             self.retries.len()
         };
         counters.retrying.store(retrying as u64, Ordering::Relaxed);
-        counters
-            .halted
-            .store(self.halted.len() as u64, Ordering::Relaxed);
+        counters.halted.store(self.halted.len() as u64, Ordering::Relaxed);
         counters.set_intake(self.intake());
     }
 
