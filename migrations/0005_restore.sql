@@ -87,9 +87,14 @@ BEGIN
         END IF;
         reason := 'it was asked for';
     END IF;
-    -- What is restored last: all data is there when this is.
-    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = 'postbox.outbox'::regclass AND t.tgname = 'ring_bell') THEN
-        RAISE EXCEPTION 'the restore of schema postbox is not complete: it has no trigger ring_bell yet' USING ERRCODE = 'PB003',
+    -- Indexes are restored after the data; that of a partitioned table is valid when all its partitions have theirs.
+    IF EXISTS (
+        SELECT FROM unnest(ARRAY['outbox_xid_seq', 'segment_topic_base', 'tick_newest', 'lane_pkey']) AS wanted (name)
+        LEFT JOIN pg_class c ON c.relnamespace = 'postbox'::regnamespace AND c.relname = wanted.name
+        LEFT JOIN pg_index i ON i.indexrelid = c.oid
+        WHERE i.indisvalid IS NOT TRUE)
+    THEN
+        RAISE EXCEPTION 'the restore of schema postbox is not complete: its indexes are not there yet' USING ERRCODE = 'PB003',
             HINT = 'Wait until the restore has ended, or restore in one transaction (pg_restore --single-transaction).';
     END IF;
     SELECT coalesce(max(t.id), 0) INTO newest_tick FROM postbox.tick t;

@@ -39,6 +39,8 @@ mod handler;
 mod inbox;
 mod journal;
 mod lane;
+#[doc(hidden)]
+pub mod link;
 mod process;
 mod progress;
 mod record;

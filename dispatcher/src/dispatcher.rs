@@ -1,8 +1,9 @@
 //! The dispatcher: what an application or the `postbox` command runs.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
+use postbox_consumer::link::Reconnect;
 use sqlx::PgPool;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -10,9 +11,6 @@ use tracing::{info, warn};
 
 use crate::sequencer::{Counters, Sequencer};
 use crate::{expiry, restore};
-
-const RECONNECT_FIRST: Duration = Duration::from_millis(50);
-const RECONNECT_LAST: Duration = Duration::from_secs(5);
 
 /// Sequences messages and wakes their consumers.
 ///
@@ -90,15 +88,14 @@ impl Dispatcher {
     }
 
     async fn reconnect(&self, counters: &Arc<Counters>) -> Sequencer {
-        let mut wait = RECONNECT_FIRST;
+        let mut reconnect = Reconnect::new();
         loop {
-            tokio::time::sleep(jittered(wait)).await;
+            reconnect.wait().await;
             // What answers now may be another cluster.
             match self.connect(counters).await {
                 Ok(sequencer) => return sequencer,
                 Err(error) => warn!(%error, "cannot connect; trying again"),
             }
-            wait = (wait * 2).min(RECONNECT_LAST);
         }
     }
 }
@@ -129,12 +126,4 @@ impl Drop for DispatcherHandle {
     fn drop(&mut self) {
         self.token.cancel();
     }
-}
-
-/// Between the span and one and a half times it.
-fn jittered(span: Duration) -> Duration {
-    let nanos = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.subsec_nanos());
-    span + span.mul_f64(f64::from(nanos % 1_000) / 2_000.0)
 }

@@ -156,10 +156,17 @@ async fn successors_of_a_failing_key_are_parked_and_run_in_order_and_no_other_ke
     // Far more than the window: they cannot all be in memory.
     history.has(900).await;
     assert!(history.of("0").is_empty());
-    let parked = bench
-        .number("SELECT count(*) FROM postbox.redelivery WHERE state = 'parked'")
-        .await;
-    assert!(parked >= 250, "{parked} parked");
+    eventually(PATIENCE, || async {
+        let parked = bench
+            .number("SELECT count(*) FROM postbox.redelivery WHERE state = 'parked'")
+            .await;
+        if parked >= 250 {
+            Ok(())
+        } else {
+            Err(format!("{parked} parked"))
+        }
+    })
+    .await;
     up.store(true, Ordering::Relaxed);
     settled(bench.db.pool(), GROUP).await;
     history.assert_in_order_and_alone(4, 300);
@@ -468,7 +475,9 @@ async fn so_many_failing_messages_and_no_more_are_taken_in_while_the_rest_goes_o
     })
     .await;
     tokio::time::sleep(Duration::from_millis(300)).await;
-    let rows = bench.number("SELECT count(*) FROM postbox.redelivery").await;
+    let rows = bench
+        .number("SELECT count(*) FROM postbox.redelivery WHERE state = 'retry'")
+        .await;
     assert!((64..=72).contains(&rows), "{rows} rows");
     up.store(true, Ordering::Relaxed);
     settled(bench.db.pool(), GROUP).await;
@@ -511,4 +520,43 @@ async fn a_transactional_handler_that_fails_first_has_its_effect_once_and_leaves
         20
     );
     assert_eq!(bench.number("SELECT count(*) FROM postbox.redelivery").await, 0);
+}
+
+/// `OUTAGE_SECONDS=3600 cargo test -p postbox-testkit --test consumer_failure -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes as long as the outage that it plays"]
+async fn a_long_outage_leaves_at_most_a_thousand_rows_and_everything_is_delivered_in_order_afterwards() {
+    let seconds = std::env::var("OUTAGE_SECONDS").map_or(60, |seconds| seconds.parse().unwrap());
+    let bench = bench().await;
+    let history = History::default();
+    let up = Arc::new(AtomicBool::new(false));
+    let handler = {
+        let up = up.clone();
+        handler(&history, move |_, _| match up.load(Ordering::Relaxed) {
+            true => Ok(()),
+            false => Err(down()),
+        })
+    };
+    // The default policy.
+    let consumer = bench.start(vec![handler.retry(Retry::default())]).await;
+    for chunk in steps(2000, 100).chunks(5000) {
+        publish_steps(bench.db.pool(), chunk).await;
+    }
+    tokio::time::sleep(Duration::from_secs(seconds)).await;
+    let rows = bench.number("SELECT count(*) FROM postbox.redelivery").await;
+    println!(
+        "after {seconds} s: {rows} rows in redelivery, {:?}",
+        consumer.stats()[0]
+    );
+    assert!(rows <= 1000, "{rows} rows");
+    assert!(consumer.stats()[0].breaker_open);
+    up.store(true, Ordering::Relaxed);
+    let begun = Instant::now();
+    eventually(Duration::from_secs(900), || async {
+        (history.len() == 200_000).then_some(()).ok_or("not all")
+    })
+    .await;
+    println!("all delivered {:?} after its end", begun.elapsed());
+    assert_eq!(consumer.stats()[0].dead, 0);
+    history.assert_in_order_and_alone(2000, 100);
 }

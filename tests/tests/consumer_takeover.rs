@@ -103,11 +103,15 @@ async fn instance() {
         pool: pool.clone(),
     };
     let mut stop = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).unwrap();
+    let handlers = match name.starts_with("fragile") {
+        true => handlers![fragile],
+        false => handlers![runs, effects],
+    };
     Consumer::new(pool)
         .name(name)
         .lease(Duration::from_secs(6))
         .state(instance)
-        .handlers(handlers![runs, effects, fragile])
+        .handlers(handlers)
         .run_until(async { stop.recv().await.unwrap_or_default() })
         .await
         .unwrap();

@@ -9,12 +9,12 @@ use std::collections::BTreeSet;
 
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
-const MESSAGES: u8 = 2;
+const MESSAGES: u8 = 3;
 const INSTANCES: usize = 2;
 /// Claims at most, which bounds the epochs; crashes, freezes and failures of a handler at most.
 const CLAIMS: u8 = 3;
 const CRASHES: u8 = 1;
-const FREEZES: u8 = 1;
+const FREEZES: u8 = 2;
 const FAILURES: u8 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

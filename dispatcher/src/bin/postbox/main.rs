@@ -1,5 +1,6 @@
-//! The `postbox` command: creates the schema, dispatches, looks, publishes and consumes.
+//! The `postbox` command: creates the schema, dispatches, looks, publishes, consumes and measures.
 
+mod bench;
 mod consume;
 mod database;
 mod dead_letters;
@@ -47,6 +48,7 @@ enum Command {
     Messages(messages::Args),
     DeadLetters(dead_letters::Args),
     Rebase(rebase::Args),
+    Bench(Box<bench::Args>),
 }
 
 /// Exit status of a command that only said what it would do.
@@ -69,6 +71,7 @@ async fn main() -> ExitCode {
         Command::Messages(args) => messages::run(&database, args).await,
         Command::DeadLetters(args) => dead_letters::run(&database, args).await,
         Command::Rebase(args) => rebase::run(&database, args).await,
+        Command::Bench(args) => done(bench::run(&database, *args).await),
     };
     match result {
         Ok(code) => code,

@@ -59,6 +59,9 @@ struct OrdealArgs {
     /// Where the logs are kept; default: a folder among the temporary files
     #[arg(long, value_name = "FOLDER")]
     logs: Option<PathBuf>,
+    /// SQL that breaks Postbox on purpose, to see that it is caught; there are some beside the source
+    #[arg(long, value_name = "FILE")]
+    sabotage: Option<PathBuf>,
 }
 
 /// What a process of the ordeal does; not for use by hand.

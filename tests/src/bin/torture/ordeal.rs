@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use postbox_testkit::{TestDatabase, TestPostgres};
+use sqlx::AssertSqlSafe;
 use sqlx::postgres::PgConnectOptions;
 use tokio::task::JoinHandle;
 
@@ -114,6 +115,10 @@ impl Ordeal {
             .await?;
         let database = server.database().await?;
         sqlx::raw_sql(TABLES).execute(database.pool()).await?;
+        if let Some(file) = &args.sabotage {
+            let sql = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+            sqlx::raw_sql(AssertSqlSafe(sql)).execute(database.pool()).await?;
+        }
         let keys: Vec<String> = (0..plan::KEYS)
             .map(plan::key)
             .chain([LEDGER_KEY.to_owned()])

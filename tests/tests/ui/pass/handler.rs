@@ -91,12 +91,20 @@ async fn conditional_above() {}
 #[cfg(any())]
 async fn conditional_below() {}
 
-fn main() {
+pub fn main() {
     #[handler(group = "local", retry(backoff = "linear(1s, 1m)"))]
     async fn local(_order: OrderPlaced) {}
 
-    let definitions: Vec<HandlerDefinition> =
-        handlers![reserve_stock, mail::send_receipt, refresh, rebuild, tick, halting, skipping, local,];
+    let definitions: Vec<HandlerDefinition> = handlers![
+        reserve_stock,
+        mail::send_receipt,
+        refresh,
+        rebuild,
+        tick,
+        halting,
+        skipping,
+        local,
+    ];
     assert_eq!(definitions.len(), 8);
     assert!(handlers![].is_empty());
     // The function is still one.
