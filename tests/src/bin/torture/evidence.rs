@@ -25,6 +25,8 @@ pub(crate) struct Evidence {
     pub(crate) dead: HashSet<(String, Uuid)>,
     pub(crate) freezes: Vec<Freeze>,
     pub(crate) kills: Vec<Kill>,
+    /// When the server was down, from and to.
+    pub(crate) outages: Vec<(u64, u64)>,
     /// Instances that were up at the end.
     pub(crate) alive: HashSet<String>,
     pub(crate) faults: BTreeMap<String, u64>,
@@ -133,6 +135,7 @@ impl Evidence {
                     *self.faults.entry(kind).or_default() += 1;
                 }
                 Line::Frozen { instance, from, to } => self.freezes.push(Freeze { instance, from, to }),
+                Line::Outage { from, to } => self.outages.push((from, to)),
                 Line::Killed { instance, at } => self.kills.push(Kill { instance, at }),
             }
         }

@@ -42,6 +42,8 @@ pub(crate) enum Line {
     Fault { at: u64, kind: String },
     /// An instance was stopped by a signal from here to there.
     Frozen { instance: String, from: u64, to: u64 },
+    /// The server was down from here to there.
+    Outage { from: u64, to: u64 },
     /// An instance was killed.
     Killed { instance: String, at: u64 },
 }

@@ -11,9 +11,10 @@ use sqlx::postgres::PgConnectOptions;
 use tokio::task::JoinHandle;
 
 use crate::OrdealArgs;
+use crate::clock;
 use crate::evidence::Evidence;
 use crate::fleet::Fleet;
-use crate::history::Log;
+use crate::history::{Line, Log};
 use crate::ledger::{ADD_ACCOUNTS, TABLES};
 use crate::message::LEDGER_KEY;
 use crate::plan::{self, Crash, Fault, Strike, Target};
@@ -252,13 +253,19 @@ impl Ordeal {
             return false;
         }
         let server = self.database.server().clone();
+        let (log, from) = (self.log.clone(), clock::now());
         self.restarting = Some(tokio::spawn(async move {
             match how {
                 Crash::Immediate => server.stop_immediate().await?,
                 Crash::Kill => server.kill().await?,
             }
             tokio::time::sleep(down_for).await;
-            server.start().await
+            let started = server.start().await;
+            log.write(&Line::Outage {
+                from,
+                to: clock::now(),
+            });
+            started
         }));
         true
     }

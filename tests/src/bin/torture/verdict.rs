@@ -34,7 +34,8 @@ pub(crate) struct Verdict {
     pub(crate) duplicates: u64,
     pub(crate) dead: u64,
     pub(crate) faults: BTreeMap<String, u64>,
-    /// From each kill of a consumer to the first run of one of its keys elsewhere, in milliseconds, ascending.
+    /// From each kill of a consumer to the first run of one of its keys elsewhere, in milliseconds, ascending; without those during which the
+    /// server was down.
     pub(crate) takeovers_ms: Vec<u64>,
     /// What is wrong, one by one; the first of them.
     pub(crate) findings: Vec<String>,
@@ -307,7 +308,13 @@ fn takeovers(evidence: &Evidence) -> Vec<u64> {
                 let next = runs[after..].iter().find(|run| run.instance != kill.instance)?;
                 was_here.then_some(next.start)
             });
-            taken_over.min().map(|at| (at - kill.at) / MILLISECOND)
+            let at = taken_over.min()?;
+            // Nobody can take over while the server is down, and that is not the takeover's fault.
+            let was_up = evidence
+                .outages
+                .iter()
+                .all(|(from, to)| *to < kill.at || *from > at);
+            was_up.then_some((at - kill.at) / MILLISECOND)
         })
         .collect();
     spans.sort_unstable();
@@ -619,5 +626,7 @@ mod tests {
         last.start = 1_905 * MILLISECOND;
         last.end = 1_910 * MILLISECOND;
         assert_eq!(judge(&evidence).takeovers_ms, [1_700]);
+        evidence.outages = vec![(300 * MILLISECOND, 900 * MILLISECOND)];
+        assert_eq!(judge(&evidence).takeovers_ms, Vec::<u64>::new());
     }
 }
