@@ -19,6 +19,7 @@ CREATE TABLE postbox.redelivery (
     headers         jsonb,
     content_type    text,
     payload         bytea       NOT NULL,
+    expires_at      timestamptz,
     created_at      timestamptz NOT NULL DEFAULT postbox.clock(),
     PRIMARY KEY (subscription_id, "offset")
 );
@@ -42,6 +43,7 @@ COMMENT ON COLUMN postbox.redelivery.key_hash IS 'postbox.key_hash of its key.';
 COMMENT ON COLUMN postbox.redelivery.headers IS 'As in the outbox.';
 COMMENT ON COLUMN postbox.redelivery.content_type IS 'As in the outbox.';
 COMMENT ON COLUMN postbox.redelivery.payload IS 'A copy, so that it outlives its slot.';
+COMMENT ON COLUMN postbox.redelivery.expires_at IS 'As in the outbox. What an operator redrives does not expire.';
 COMMENT ON COLUMN postbox.redelivery.created_at IS 'When it first failed or was parked.';
 
 CREATE INDEX redelivery_key ON postbox.redelivery (subscription_id, key_hash, "offset");
@@ -151,7 +153,7 @@ CREATE FUNCTION postbox.record(
     of_subscriptions integer[], of_lanes smallint[], of_epochs integer[], offsets bigint[], states text[], attempts integer[],
     waits double precision[], failures jsonb[], reasons text[],
     ids uuid[], seqs bigint[], published timestamptz[], types text[], keys text[], key_hashes integer[], headers jsonb[],
-    content_types text[], payloads bytea[],
+    content_types text[], payloads bytea[], expiries timestamptz[],
     calm_subscriptions integer[], calm_lanes smallint[]
 ) RETURNS bigint
     LANGUAGE plpgsql
@@ -176,14 +178,14 @@ BEGIN
         AND l.consumer_id = by_consumer;
 
     INSERT INTO postbox.redelivery AS r (subscription_id, "offset", lane, state, attempt, due_at, failed_at, errors, seq, id,
-        published_at, type, key, key_hash, headers, content_type, payload)
+        published_at, type, key, key_hash, headers, content_type, payload, expires_at)
     SELECT u.subscription_id, u."offset", u.lane, CASE u.state WHEN 'dead' THEN 'retry' ELSE u.state END, u.attempt,
-        postbox.clock() + make_interval(secs => u.wait), CASE WHEN u.errors <> '[]' THEN postbox.clock() END, u.errors, u.seq, u.id, u.published_at, u.type, u.key, u.key_hash, u.headers,
-        u.content_type, u.payload
+        postbox.clock() + make_interval(secs => u.wait), CASE WHEN u.errors <> '[]' THEN postbox.clock() END, u.errors, u.seq, u.id,
+        u.published_at, u.type, u.key, u.key_hash, u.headers, u.content_type, u.payload, u.expires_at
     FROM unnest(of_subscriptions, of_lanes, offsets, states, attempts, waits, failures, ids, seqs, published, types, keys, key_hashes,
-            headers, content_types, payloads, fresh)
+            headers, content_types, payloads, expiries, fresh)
         AS u (subscription_id, lane, "offset", state, attempt, wait, errors, id, seq, published_at, type, key, key_hash, headers,
-            content_type, payload, fresh)
+            content_type, payload, expires_at, fresh)
     WHERE u.fresh AND u.id IS NOT NULL AND u.state <> 'done'
     ON CONFLICT (subscription_id, "offset") DO UPDATE
     SET state = excluded.state, attempt = excluded.attempt, due_at = excluded.due_at,
@@ -256,7 +258,7 @@ BEGIN
         FROM gone g
         -- A halted one is still there.
         ON CONFLICT (subscription_id, "offset") DO UPDATE
-        SET state = 'redriven', attempt = 0, due_at = excluded.due_at, failed_at = NULL, headers = excluded.headers, payload = excluded.payload
+        SET state = 'redriven', attempt = 0, due_at = excluded.due_at, failed_at = NULL, expires_at = NULL, headers = excluded.headers, payload = excluded.payload
         RETURNING 1
     )
     SELECT count(*) INTO redriven FROM back;

@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::clock::DatabaseClock;
 use crate::cron;
 use crate::error::Error;
 use crate::handler::HandlerDefinition;
@@ -157,8 +158,15 @@ impl Consumer {
     pub async fn start(self) -> Result<ConsumerHandle, Error> {
         postbox::check_schema(&self.pool).await?;
         let states = Arc::new(self.states);
+        let clock = Arc::new(DatabaseClock::default());
         let crons = cron::read_all(&self.definitions)?;
-        let subscriptions = Arc::new(plan_all(&self.definitions, &self.settings, &states, &self.pool)?);
+        let subscriptions = Arc::new(plan_all(
+            &self.definitions,
+            &self.settings,
+            &states,
+            &self.pool,
+            &clock,
+        )?);
         cron::register_all(&self.pool, crons).await?;
         let readers = PgPoolOptions::new()
             .max_connections(2)
@@ -179,7 +187,7 @@ impl Consumer {
             .connect_lazy_with((*self.pool.connect_options()).clone());
         let token = CancellationToken::new();
         let (started, on_start) = oneshot::channel();
-        let process = Process::new(self.pool, readers, self.settings, subscriptions.clone());
+        let process = Process::new(self.pool, readers, self.settings, clock, subscriptions.clone());
         let task = tokio::spawn(process.run(token.clone(), started));
         match on_start.await {
             Ok(()) => Ok(ConsumerHandle {
@@ -238,6 +246,8 @@ pub struct SubscriptionStats {
     pub unknown: u64,
     /// Messages that failed and run again.
     pub retrying: u64,
+    /// Messages that expired before they were handled.
+    pub expired: u64,
     /// Messages given up since it started.
     pub dead: u64,
     /// Messages given up whose keys wait for an operator.
@@ -269,6 +279,7 @@ impl ConsumerHandle {
                 discarded: counters.discarded.load(Ordering::Relaxed),
                 unknown: counters.unknown.load(Ordering::Relaxed),
                 retrying: counters.retrying.load(Ordering::Relaxed),
+                expired: counters.expired.load(Ordering::Relaxed),
                 dead: counters.dead.load(Ordering::Relaxed),
                 halted: counters.halted.load(Ordering::Relaxed),
                 breaker_open: counters.intake() == Intake::Open,

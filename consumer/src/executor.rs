@@ -22,6 +22,7 @@ use tracing::warn;
 
 use crate::block::Record;
 use crate::breaker::Breaker;
+use crate::clock::DatabaseClock;
 use crate::handler::Order;
 use crate::journal::Journal;
 use crate::lane::OwnedLane;
@@ -58,6 +59,8 @@ pub(crate) struct Plan {
     pub(crate) max_failing: usize,
     /// For the messages of which a process may have died: one at a time in this process.
     pub(crate) trial: Arc<Semaphore>,
+    /// By which messages expire.
+    pub(crate) clock: Arc<DatabaseClock>,
     pub(crate) states: Arc<States>,
     pub(crate) pool: PgPool,
     pub(crate) counters: Counters,
@@ -77,6 +80,8 @@ pub(crate) enum Command {
     Decided(Vec<Held>),
     /// Whether messages may start, and how fast.
     Pace(Pace),
+    /// The database's clock was moved on by so much.
+    Advance(Duration),
     /// Look whether offsets were given anew (broadcast from memory).
     Resync,
     /// Take nothing in any more, let finish what runs for at most this long, and end.
@@ -332,6 +337,7 @@ impl Executor {
                 self.throttle.set(pace.rate, Instant::now());
                 self.next_trial();
             }
+            Command::Advance(span) => self.advance(span),
             Command::Resync => self.resync().await,
             Command::Stop(grace) => {
                 self.stop_by = Some(Instant::now() + grace);

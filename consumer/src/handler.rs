@@ -44,6 +44,7 @@ pub struct HandlerDefinition {
     pub(crate) lanes: Option<u16>,
     pub(crate) timeout: Duration,
     pub(crate) retry: Retry,
+    pub(crate) expired: Expired,
     pub(crate) transactional: bool,
     pub(crate) states: Vec<StateType>,
     pub(crate) on_dead_letter: Option<DeadLetterHook>,
@@ -79,6 +80,7 @@ impl HandlerDefinition {
             lanes: None,
             timeout: DEFAULT_TIMEOUT,
             retry: Retry::default(),
+            expired: Expired::default(),
             transactional: false,
             states: Vec::new(),
             on_dead_letter: None,
@@ -152,6 +154,12 @@ impl HandlerDefinition {
     /// When a failed message runs again, and when it is given up.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
+        self
+    }
+
+    /// What becomes of messages that expired before they were handled (default [`Expired::Settle`]).
+    pub fn expired(mut self, expired: Expired) -> Self {
+        self.expired = expired;
         self
     }
 
@@ -242,6 +250,17 @@ impl Order {
             Order::None => "none",
         }
     }
+}
+
+/// What becomes of a message that expired (`expires_at`, `expires_in`) before it was handled, by the database's clock. It never runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Expired {
+    /// It is settled and counted.
+    #[default]
+    Settle,
+    /// It goes to the dead letters. An operator may redrive it; then it does not expire again.
+    DeadLetter,
 }
 
 /// Where a new subscription begins.

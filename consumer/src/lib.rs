@@ -30,6 +30,7 @@
 
 mod block;
 mod breaker;
+mod clock;
 mod consumer;
 mod cron;
 mod dead_letter;
@@ -63,8 +64,8 @@ pub use dead_letter::DeadLetter;
 pub use error::Error;
 pub use extract::{Delivery, Extract, Invocation, Json, Raw, ScheduledAt, State, Tx};
 pub use handler::{
-    BoxFuture, DEFAULT_TIMEOUT, DefineHandler, HandlerDefinition, HandlerError, IntoOutcome, Order, Outcome,
-    Start,
+    BoxFuture, DEFAULT_TIMEOUT, DefineHandler, Expired, HandlerDefinition, HandlerError, IntoOutcome, Order,
+    Outcome, Start,
 };
 pub use inbox::Inbox;
 pub use postbox::cron::Missed;

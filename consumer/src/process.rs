@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::clock::DatabaseClock;
 use crate::consumer::{Settings, log_subscription};
 use crate::error::Error;
 use crate::executor::{Claim, Command, Executor};
@@ -23,6 +24,7 @@ pub(crate) struct Process {
     pub(crate) pool: PgPool,
     readers: PgPool,
     pub(crate) settings: Settings,
+    pub(crate) clock: Arc<DatabaseClock>,
     pub(crate) subscriptions: Arc<Vec<Subscription>>,
     pub(crate) logs: HashMap<Arc<str>, Arc<TopicLog>>,
     /// Ids of this process's earlier sessions: their handlers have ended, so their lanes can be had at once.
@@ -35,6 +37,7 @@ impl Process {
         pool: PgPool,
         readers: PgPool,
         settings: Settings,
+        clock: Arc<DatabaseClock>,
         subscriptions: Arc<Vec<Subscription>>,
     ) -> Self {
         let mut logs = HashMap::new();
@@ -47,6 +50,7 @@ impl Process {
             pool,
             readers,
             settings,
+            clock,
             subscriptions,
             logs,
             former: HashSet::new(),

@@ -83,6 +83,8 @@ pub(crate) struct Counters {
     pub(crate) position: AtomicI64,
     /// Messages that failed and wait for their next attempt.
     pub(crate) retrying: AtomicU64,
+    /// Messages that expired before they were handled.
+    pub(crate) expired: AtomicU64,
     /// Messages given up.
     pub(crate) dead: AtomicU64,
     /// Messages given up whose keys wait for an operator.

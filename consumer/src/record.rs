@@ -15,7 +15,7 @@ const CHECKPOINT: &str = "SELECT postbox.checkpoint($1, $2, $3, $4, $5, $6, $7)"
 
 /// All in one transaction, so that a message is never in two places or in none.
 const RECORD: &str = "SELECT postbox.record($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, \
-     $19, $20, $21, $22, $23, $24, $25, $26, $27)";
+     $19, $20, $21, $22, $23, $24, $25, $26, $27, $28)";
 
 /// Reports of several subscriptions, column by column.
 #[derive(Default)]
@@ -108,6 +108,7 @@ impl Columns {
             .bind(rows.headers)
             .bind(rows.content_types)
             .bind(rows.payloads)
+            .bind(rows.expiries)
             .bind(rows.calm_subscriptions)
             .bind(rows.calm_lanes)
             .fetch_one(executor)
@@ -138,6 +139,7 @@ struct Rows<'a> {
     headers: Vec<Option<Json<&'a Headers>>>,
     content_types: Vec<Option<&'a str>>,
     payloads: Vec<Option<&'a [u8]>>,
+    expiries: Vec<Option<DateTime<Utc>>>,
     calm_subscriptions: Vec<i32>,
     calm_lanes: Vec<i16>,
 }
@@ -175,6 +177,7 @@ impl<'a> Rows<'a> {
                 rows.content_types
                     .push(message.and_then(|m| m.content_type.as_deref()));
                 rows.payloads.push(message.map(|m| m.payload.as_ref()));
+                rows.expiries.push(message.and_then(|m| m.expires_at));
             }
             for lane in &journal.calm {
                 rows.calm_subscriptions.push(*subscription);

@@ -45,7 +45,7 @@ macro_rules! columns {
         concat!(
             "SELECT \"offset\", lane, state, attempt, extract(epoch FROM due_at - postbox.clock())::float8, \
              extract(epoch FROM postbox.clock() - failed_at)::float8, seq, id, type, key, key_hash, headers, content_type, payload, \
-             published_at FROM postbox.redelivery WHERE subscription_id = $1 AND ",
+             published_at, expires_at FROM postbox.redelivery WHERE subscription_id = $1 AND ",
             $rest
         )
     };
@@ -147,7 +147,7 @@ fn decode(row: &PgRow) -> Result<Held, sqlx::Error> {
             payload: row.try_get::<&[u8], _>(13)?.into(),
             published_at: row.try_get(14)?,
             // Once it has been tried, it is seen through.
-            expires_at: None,
+            expires_at: row.try_get(15)?,
         },
     })
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::extract::{Invocation, TxConnection};
-use crate::handler::{BoxFuture, DeadLetterHook, HandlerDefinition, Outcome};
+use crate::handler::{BoxFuture, DeadLetterHook, Expired, HandlerDefinition, Outcome};
 use crate::retry::Retry;
 
 /// The handlers of one subscription by message type.
@@ -19,6 +19,7 @@ pub(crate) struct Handler {
     pub(crate) timeout: std::time::Duration,
     pub(crate) retry: Retry,
     pub(crate) transactional: bool,
+    pub(crate) expired: Expired,
     pub(crate) on_dead_letter: Option<DeadLetterHook>,
     run: Arc<dyn Fn(Invocation) -> BoxFuture<Outcome> + Send + Sync>,
 }
@@ -31,6 +32,7 @@ impl Handler {
             timeout: definition.timeout,
             retry: definition.retry,
             transactional: definition.transactional,
+            expired: definition.expired,
             on_dead_letter: definition.on_dead_letter.clone(),
             run: definition.run.clone()?,
         })

@@ -348,6 +348,12 @@ impl Session {
             .bind(topics)
             .fetch_one(&mut self.listener);
         let sqlx::types::Json(look): sqlx::types::Json<Look> = in_time(&self.lease, query).await?;
+        if let Some(moved) = process.clock.learn(look.now) {
+            info!(?moved, "the database's clock was moved on");
+            for service in &self.services {
+                service.command(Command::Advance(moved));
+            }
+        }
         for (topic, head) in &look.heads {
             if let Some(log) = process.logs.get(topic.as_str()) {
                 log.set_head(*head);
@@ -660,6 +666,7 @@ fn report(process: &Process) -> serde_json::Value {
                 "handled": plan.counters.handled.load(Ordering::Relaxed),
                 "failed": plan.counters.failed.load(Ordering::Relaxed),
                 "retrying": plan.counters.retrying.load(Ordering::Relaxed),
+                "expired": plan.counters.expired.load(Ordering::Relaxed),
                 "dead": plan.counters.dead.load(Ordering::Relaxed),
                 "halted": plan.counters.halted.load(Ordering::Relaxed),
                 "breaker": plan.counters.intake().as_str(),

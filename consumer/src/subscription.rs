@@ -7,6 +7,7 @@ use postbox::is_name;
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
 
+use crate::clock::DatabaseClock;
 use crate::consumer::{Settings, UnknownType};
 use crate::error::Error;
 use crate::executor::Plan;
@@ -50,6 +51,7 @@ pub(crate) fn plan_all(
     settings: &Settings,
     states: &Arc<States>,
     pool: &PgPool,
+    clock: &Arc<DatabaseClock>,
 ) -> Result<Vec<Subscription>, Error> {
     let mut families: Vec<Family<'_>> = Vec::new();
     for definition in definitions {
@@ -86,7 +88,7 @@ pub(crate) fn plan_all(
     let trial = Arc::new(Semaphore::new(1));
     families
         .into_iter()
-        .map(|family| family.plan(settings, states, pool, &trial))
+        .map(|family| family.plan(settings, states, pool, &trial, clock))
         .collect()
 }
 
@@ -139,6 +141,7 @@ impl Family<'_> {
         states: &Arc<States>,
         pool: &PgPool,
         trial: &Arc<Semaphore>,
+        clock: &Arc<DatabaseClock>,
     ) -> Result<Subscription, Error> {
         let kind = match self.audience {
             Audience::Group(_) => Kind::Group,
@@ -198,6 +201,7 @@ impl Family<'_> {
             unknown: (settings.unknown_types == UnknownType::Fail).then(|| Arc::new(refuse_unknown())),
             max_failing: settings.max_failing,
             trial: trial.clone(),
+            clock: clock.clone(),
             states: states.clone(),
             pool: pool.clone(),
             counters: Counters::default(),

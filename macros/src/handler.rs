@@ -27,6 +27,7 @@ const KNOWN: &[&str] = &[
     "lanes",
     "timeout",
     "retry",
+    "expired",
     "on_dead_letter",
 ];
 
@@ -137,6 +138,7 @@ struct Options {
     lanes: Option<Expr>,
     timeout: Option<Interval>,
     retry: Option<Retry>,
+    expired: Option<TokenStream>,
     on_dead_letter: Option<ExprPath>,
 }
 
@@ -145,7 +147,7 @@ impl Options {
         let (mut group, mut broadcast) = (None, None);
         let (mut topic, mut types) = (None, Vec::new());
         let (mut concurrency, mut lanes, mut timeout, mut retry) = (None, None, None, None);
-        let (mut order, mut start, mut on_dead_letter) = (None, None, None);
+        let (mut order, mut start, mut expired, mut on_dead_letter) = (None, None, None, None);
         attribute::read_options(input, "#[handler]", KNOWN, |option, name, input| {
             match name {
                 "group" => group = Some((attribute::name(option, "inventory", input)?, option.span())),
@@ -164,6 +166,13 @@ impl Options {
                         ("none", quote!(Order::None)),
                     ];
                     order = Some(attribute::choice(option, &choices, input)?);
+                }
+                "expired" => {
+                    let choices = [
+                        ("settle", quote!(Expired::Settle)),
+                        ("dead_letter", quote!(Expired::DeadLetter)),
+                    ];
+                    expired = Some(attribute::choice(option, &choices, input)?);
                 }
                 "start" => {
                     let choices = [
@@ -208,6 +217,7 @@ impl Options {
             lanes,
             timeout,
             retry,
+            expired,
             on_dead_letter: on_dead_letter.map(|(function, _)| function),
         })
     }
@@ -265,6 +275,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
         lanes,
         timeout,
         retry,
+        expired,
         on_dead_letter,
         ..
     } = options;
@@ -275,6 +286,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
     let lanes = lanes.iter();
     let timeout = timeout.map(Interval::expression).into_iter();
     let retry = retry.as_ref().map(Retry::expression).into_iter();
+    let expired = expired.iter();
     let on_dead_letter = on_dead_letter.iter().map(letter_call);
     let call = call(signature, arguments);
     quote! {
@@ -288,6 +300,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
             #(.lanes(#lanes))*
             #(.timeout(#timeout))*
             #(.retry(#retry))*
+            #(.expired(::postbox_consumer::#expired))*
             #(.on_dead_letter(#on_dead_letter))*
             #(.argument::<#arguments>())*
             .call(#call)

@@ -9,7 +9,7 @@ use super::report::Afterwards;
 use super::{Executor, Job};
 use crate::block::Record;
 use crate::dead_letter::DeadLetter;
-use crate::handler::{Decision, HandlerError};
+use crate::handler::{Decision, Expired, HandlerError};
 use crate::journal::{Entry, Failure, Fate};
 use crate::progress::Counters;
 use crate::redelivery::{Held, HeldState, ParkedKey};
@@ -100,6 +100,14 @@ impl Executor {
         job
     }
 
+    /// The database's clock was moved on: what was due by it is due sooner.
+    pub(super) fn advance(&mut self, span: Duration) {
+        let retries = std::mem::take(&mut self.retries).into_iter();
+        self.retries = retries
+            .map(|((due, offset), job)| ((due.checked_sub(span).unwrap_or(due), offset), job))
+            .collect();
+    }
+
     /// Runs once more as if it had not run.
     pub(super) fn again(&mut self, job: Job, wait: Duration) {
         self.again_at(job, Instant::now() + wait);
@@ -120,9 +128,36 @@ impl Executor {
         }
     }
 
-    /// To the dead letters. Its key goes on, or waits, once it is there.
+    pub(super) fn has_expired(&self, job: &Job) -> bool {
+        let expires_at = job.record.message().expires_at;
+        expires_at.is_some_and(|at| at <= self.plan.clock.now())
+    }
+
+    /// It is too late for this message, which has not run or not succeeded.
+    pub(super) fn expire(&mut self, mut job: Job) {
+        Counters::add(&self.plan.counters.expired);
+        self.breaker.inconclusive(job.offset);
+        debug!(
+            group = %self.plan.group, topic = %self.plan.topic, id = %job.record.message().id, offset = job.offset,
+            "the message has expired"
+        );
+        match job.handler.expired {
+            Expired::Settle => self.settle(job),
+            Expired::DeadLetter => {
+                job.attempt -= 1;
+                self.bury(job, "it expired before it was handled".to_owned(), None, false);
+            }
+        }
+    }
+
+    /// To the dead letters. Its key goes on, or waits, as the handler's policy says.
     fn give_up(&mut self, job: Job, reason: String, last_error: String) {
         let halts = job.handler.retry.halts() && job.key.is_some();
+        self.bury(job, reason, Some(last_error), halts);
+    }
+
+    /// To the dead letters. Its key goes on, or waits, once it is there.
+    fn bury(&mut self, job: Job, reason: String, last_error: Option<String>, halts: bool) {
         error!(
             group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %job.record.message().id,
             offset = job.offset, attempts = job.attempt, reason, halts, "a message is given up"
@@ -135,7 +170,7 @@ impl Executor {
         let fate = if halts { Fate::Halted } else { Fate::Dead };
         self.unsettled.remove(&job.offset);
         self.failing.remove(&job.offset);
-        self.note_given_up(&job, fate, reason.clone(), last_error);
+        self.write(&job, fate, None, last_error, Some(reason.clone()));
         let hook = job.handler.on_dead_letter.clone().map(|hook| {
             let letter = DeadLetter::new(
                 self.plan.group.clone(),
@@ -180,10 +215,6 @@ impl Executor {
     /// Notes what became of a message, for the next report.
     pub(super) fn note(&mut self, job: &Job, fate: Fate, due: Option<Instant>, error: Option<String>) {
         self.write(job, fate, due, error, None);
-    }
-
-    fn note_given_up(&mut self, job: &Job, fate: Fate, reason: String, error: String) {
-        self.write(job, fate, None, Some(error), Some(reason));
     }
 
     fn write(

@@ -161,6 +161,9 @@ impl Executor {
     }
 
     pub(super) fn start(&mut self, job: Job) {
+        if self.has_expired(&job) {
+            return self.expire(job);
+        }
         self.throttle.spend();
         if self.is_suspect(&job) {
             return self.put_on_trial(job);
