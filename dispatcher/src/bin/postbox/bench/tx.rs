@@ -85,12 +85,7 @@ pub(crate) async fn measure(ground: &mut Ground) -> anyhow::Result<Vec<Report>> 
 }
 
 /// The rate from the first to the last run. Those that are last to begin are not committed yet: that is as many as there are clients.
-async fn until_handled(
-    ground: &Ground,
-    handled: &AtomicU64,
-    before: u64,
-    expected: u64,
-) -> anyhow::Result<f64> {
+async fn until_handled(handled: &AtomicU64, before: u64, expected: u64) -> anyhow::Result<f64> {
     let published = Instant::now();
     let mut begun = None;
     while handled.load(Ordering::Relaxed) < expected {
