@@ -11,6 +11,7 @@ COMMENT ON SCHEMA postbox IS
 --   1347571762, subscription * 1024 + lane: the fence of a lane
 --   1347571763, consumer id: held by a consumer's session for as long as it lives
 --   1347571764, hash of topic and key: ordered publishing
+--   1347571766, 1: postbox bench
 
 ---------------------------------------------------------------------------------------------------------------- time and ids
 
@@ -22,7 +23,7 @@ COMMENT ON FUNCTION postbox.clock IS
 
 CREATE FUNCTION postbox.slot_of(at timestamptz) RETURNS smallint
     LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN ((extract(epoch FROM at)::bigint / 43200) % 8)::smallint;
+    RETURN ((date_part('epoch', at)::bigint / 43200) % 8)::smallint;
 COMMENT ON FUNCTION postbox.slot_of IS
     'The ring slot of an instant: eight slots of twelve hours, so that a slot comes round again after four days.';
 
@@ -38,6 +39,17 @@ COMMENT ON FUNCTION postbox.uuid7 IS 'A UUID version 7 (RFC 9562): 48 bits of Un
 CREATE SEQUENCE postbox.outbox_seq AS bigint CACHE 1;
 COMMENT ON SEQUENCE postbox.outbox_seq IS
     'Insertion order over all topics. CACHE 1, so that a row inserted after another one''s commit has a greater number.';
+
+CREATE FUNCTION postbox.ring_bell() RETURNS bigint
+    LANGUAGE plpgsql AS $$
+BEGIN
+    -- A transaction that has notified cannot be prepared, so one that will be says so and is found by the slow poll.
+    IF current_setting('postbox.two_phase', true) IS DISTINCT FROM 'on' THEN
+        PERFORM pg_notify('postbox_outbox', '');
+    END IF;
+    RETURN nextval('postbox.outbox_seq');
+END $$;
+COMMENT ON FUNCTION postbox.ring_bell IS 'Wakes the dispatcher; returns the seq of the message for which it does.';
 
 CREATE FUNCTION postbox.check_message(topic text, type text, key text, headers jsonb, content_type text) RETURNS boolean
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
@@ -69,11 +81,14 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION postbox.check_message IS 'True if a message keeps the limits; otherwise an error that names the field and its limit.';
 
--- It has no CHECK constraints: PostgreSQL sets them up anew for every INSERT, which costs a publisher more than all else that Postbox does.
+-- It has no CHECK constraints and no triggers: PostgreSQL parses and plans them anew for every INSERT, which costs a publisher more than all
+-- else that Postbox does. A default is part of the plan. So it is the default of seq that tries the bell: shared, and held until the commit
+-- is visible. A dispatcher can only fall asleep (take it exclusively) when nobody who found it awake is still in flight. See ARCHITECTURE.md, "The bell".
 CREATE TABLE postbox.outbox (
     slot         smallint    NOT NULL DEFAULT postbox.slot_of(postbox.clock()),
     xid          xid8        NOT NULL DEFAULT pg_current_xact_id(),
-    seq          bigint      NOT NULL DEFAULT nextval('postbox.outbox_seq'),
+    seq          bigint      NOT NULL DEFAULT CASE WHEN pg_try_advisory_xact_lock_shared(1347571761, 2)
+                                 THEN nextval('postbox.outbox_seq') ELSE postbox.ring_bell() END,
     id           uuid        NOT NULL DEFAULT postbox.uuid7(),
     published_at timestamptz NOT NULL DEFAULT postbox.clock(),
     topic        text        NOT NULL,
@@ -89,7 +104,8 @@ COMMENT ON TABLE postbox.outbox IS
     'One row is a message as it was published, in the publisher''s transaction. Written by producers, never updated or deleted: slots are truncated whole.';
 COMMENT ON COLUMN postbox.outbox.slot IS 'Ring slot, from the clock at insertion. Not for producers to write.';
 COMMENT ON COLUMN postbox.outbox.xid IS 'The top-level transaction, so savepoints and two-phase commits are covered. Not for producers to write.';
-COMMENT ON COLUMN postbox.outbox.seq IS 'Insertion order over all topics. Not for producers to write.';
+COMMENT ON COLUMN postbox.outbox.seq IS
+    'Insertion order over all topics. Its default wakes the dispatcher if it sleeps. Not for producers to write.';
 COMMENT ON COLUMN postbox.outbox.id IS 'Message id (UUID v7).';
 COMMENT ON COLUMN postbox.outbox.published_at IS 'When the row was inserted.';
 COMMENT ON COLUMN postbox.outbox.topic IS 'Topic: 1 to 255 characters of A-Z a-z 0-9 . _ - : /';
@@ -293,23 +309,6 @@ CREATE INDEX settlement_offset ON postbox.settlement (subscription_id, lane, "of
 
 -------------------------------------------------------------------------------------------------------------------- publishing
 
-CREATE FUNCTION postbox.ring_bell() RETURNS trigger
-    LANGUAGE plpgsql AS $$
-BEGIN
-    -- A transaction that has notified cannot be prepared, so one that will be says so and is found by the slow poll.
-    IF current_setting('postbox.two_phase', true) IS DISTINCT FROM 'on' THEN
-        PERFORM pg_notify('postbox_outbox', '');
-    END IF;
-    RETURN NULL;
-END $$;
-COMMENT ON FUNCTION postbox.ring_bell IS 'Wakes the dispatcher.';
-
--- Shared, and held until the commit is visible: a dispatcher can only fall asleep (take it exclusively) when nobody who found it
--- awake is still in flight. See ARCHITECTURE.md, "The bell". In the WHEN clause, so that plpgsql is entered only when it sleeps.
-CREATE TRIGGER ring_bell BEFORE INSERT ON postbox.outbox FOR EACH STATEMENT
-    WHEN (NOT pg_try_advisory_xact_lock_shared(1347571761, 2)) EXECUTE FUNCTION postbox.ring_bell();
-COMMENT ON TRIGGER ring_bell ON postbox.outbox IS 'Wakes the dispatcher when, and only when, it sleeps.';
-
 CREATE FUNCTION postbox.key_hash(key text) RETURNS integer
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN (hashtextextended(key, 0) & 2147483647)::integer;
@@ -474,6 +473,12 @@ BEGIN
     -- What the caller looked at last is where to go on if nobody took a step since; otherwise the newest tick is.
     SELECT t.last_value INTO newest FROM postbox.tick_id t;
     IF last_tick IS DISTINCT FROM newest OR last_look IS NULL THEN
+        -- Only here: a look that is passed back was taken in this cluster.
+        told := postbox.foreign_xids();
+        IF told IS NOT NULL THEN
+            RAISE EXCEPTION 'postbox must not go on here: %', told USING ERRCODE = 'PB002',
+                HINT = 'The database was restored from another cluster. A dispatcher that starts puts it right by itself; by hand: postbox rebase, or SELECT * FROM postbox.rebase()';
+        END IF;
         SELECT t.id, t.snapshot INTO last_tick, last_look FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
     ELSIF pg_current_snapshot()::text = last_look::text THEN
         -- The same transactions are finished as at the last look: nothing can be new.
@@ -544,7 +549,7 @@ BEGIN
     END IF;
 END $$;
 COMMENT ON FUNCTION postbox.step IS
-    'One step of the sequencer: gives every message that became visible since the last step its offset, and says which topics have new heads. A caller that passes back what it was returned saves looking up the last tick. Any number may call it at once.';
+    'One step of the sequencer: gives every message that became visible since the last step its offset, and says which topics have new heads. A caller that passes back what it was returned saves looking up the last tick. Any number may call it at once. Fails (PB002) in a database that was restored from another cluster, until postbox.rebase().';
 
 CREATE FUNCTION postbox.sequence() RETURNS TABLE (topic text, head bigint, messages bigint)
     LANGUAGE sql VOLATILE AS $$

@@ -149,7 +149,7 @@ CREATE FUNCTION postbox.record(
     by_consumer integer, subscriptions integer[], lanes smallint[], epochs integer[], positions bigint[],
     pending_subscriptions integer[], pending_offsets bigint[],
     of_subscriptions integer[], of_lanes smallint[], of_epochs integer[], offsets bigint[], states text[], attempts integer[],
-    waits double precision[], errors jsonb[], reasons text[],
+    waits double precision[], failures jsonb[], reasons text[],
     ids uuid[], seqs bigint[], published timestamptz[], types text[], keys text[], key_hashes integer[], headers jsonb[],
     content_types text[], payloads bytea[],
     calm_subscriptions integer[], calm_lanes smallint[]
@@ -180,7 +180,7 @@ BEGIN
     SELECT u.subscription_id, u."offset", u.lane, CASE u.state WHEN 'dead' THEN 'retry' ELSE u.state END, u.attempt,
         postbox.clock() + make_interval(secs => u.wait), CASE WHEN u.errors <> '[]' THEN postbox.clock() END, u.errors, u.seq, u.id, u.published_at, u.type, u.key, u.key_hash, u.headers,
         u.content_type, u.payload
-    FROM unnest(of_subscriptions, of_lanes, offsets, states, attempts, waits, errors, ids, seqs, published, types, keys, key_hashes,
+    FROM unnest(of_subscriptions, of_lanes, offsets, states, attempts, waits, failures, ids, seqs, published, types, keys, key_hashes,
             headers, content_types, payloads, fresh)
         AS u (subscription_id, lane, "offset", state, attempt, wait, errors, id, seq, published_at, type, key, key_hash, headers,
             content_type, payload, fresh)
@@ -195,7 +195,7 @@ BEGIN
         due_at = postbox.clock() + make_interval(secs => u.wait),
         failed_at = coalesce(r.failed_at, CASE WHEN u.errors <> '[]' THEN postbox.clock() END),
         errors = jsonb_path_query_array(r.errors || u.errors, '$[last - 19 to last]')
-    FROM unnest(of_subscriptions, offsets, states, attempts, waits, errors, ids, fresh)
+    FROM unnest(of_subscriptions, offsets, states, attempts, waits, failures, ids, fresh)
         AS u (subscription_id, "offset", state, attempt, wait, errors, id, fresh)
     WHERE u.fresh AND u.id IS NULL AND u.state <> 'done' AND r.subscription_id = u.subscription_id AND r."offset" = u."offset";
 

@@ -31,6 +31,11 @@ impl Block {
         }
     }
 
+    /// Whether a wanted message's row was not found.
+    pub(crate) fn has_gone(&self) -> bool {
+        self.entries.iter().any(|entry| matches!(entry, Entry::Gone(_)))
+    }
+
     /// One past the last offset.
     pub(crate) fn end(&self) -> i64 {
         self.base + self.entries.len() as i64

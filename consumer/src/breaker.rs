@@ -4,7 +4,8 @@
 
 use std::time::{Duration, Instant};
 
-/// So many failures in a row, without one success, open it.
+/// So many first attempts in a row that fail, without one success, open it. Not later attempts: those of messages that failed together
+/// come together too, and say nothing of the others.
 const FAILURES: u32 = 20;
 /// So many messages parked behind failing ones, without one success, open it too: few keys fail slowly.
 const PARKED: u32 = 256;
@@ -66,7 +67,9 @@ impl Breaker {
 
     /// Whether this message is the probe: its failure says nothing about the message.
     pub(crate) fn is_probe(&self, offset: i64) -> bool {
-        self.open.as_ref().is_some_and(|open| open.probing == Some(offset))
+        self.open
+            .as_ref()
+            .is_some_and(|open| open.probing == Some(offset))
     }
 
     /// A run succeeded; says whether that closed it.
@@ -77,7 +80,7 @@ impl Breaker {
     }
 
     /// A run failed; says whether that opened it.
-    pub(crate) fn failed(&mut self, offset: i64, now: Instant) -> bool {
+    pub(crate) fn failed(&mut self, offset: i64, attempt: u32, now: Instant) -> bool {
         match &mut self.open {
             Some(open) if open.probing == Some(offset) => {
                 open.wait = (open.wait * 2).min(LAST_WAIT);
@@ -88,7 +91,7 @@ impl Breaker {
             // It began before the breaker opened.
             Some(_) => false,
             None => {
-                self.failures += 1;
+                self.failures += u32::from(attempt == 1 || self.failures == 0);
                 self.failures >= FAILURES && self.open(now)
             }
         }
@@ -124,10 +127,10 @@ mod tests {
     fn opened(now: Instant) -> Breaker {
         let mut breaker = Breaker::default();
         for offset in 0..i64::from(FAILURES) - 1 {
-            assert!(!breaker.failed(offset, now));
+            assert!(!breaker.failed(offset, 1, now));
         }
         assert_eq!(breaker.allowed(now), Allowed::All);
-        assert!(breaker.failed(99, now));
+        assert!(breaker.failed(99, 1, now));
         breaker
     }
 
@@ -137,10 +140,13 @@ mod tests {
         assert_eq!(opened(now).allowed(now), Allowed::Nothing);
         let mut breaker = Breaker::default();
         for offset in 0..1000 {
-            assert!(!breaker.failed(offset, now));
+            assert!(!breaker.failed(offset, 1, now));
             if offset % 10 == 0 {
                 breaker.succeeded();
             }
+        }
+        for offset in 0..1000 {
+            assert!(!breaker.failed(offset, 2, now), "later attempts say nothing");
         }
     }
 
@@ -154,9 +160,9 @@ mod tests {
             breaker.probes(1);
             assert_eq!(breaker.allowed(at), Allowed::Nothing);
             // One that began before it opened.
-            assert!(!breaker.failed(2, at));
+            assert!(!breaker.failed(2, 1, at));
             assert!(breaker.is_probe(1));
-            breaker.failed(1, at);
+            breaker.failed(1, 1, at);
             assert_eq!(breaker.wakes_at(), Some(at + Duration::from_secs(wait)));
             at += Duration::from_secs(wait);
         }
@@ -171,7 +177,7 @@ mod tests {
     fn what_is_parked_behind_failing_keys_opens_it() {
         let now = Instant::now();
         let mut breaker = Breaker::default();
-        breaker.failed(0, now);
+        breaker.failed(0, 1, now);
         let opened = (0..PARKED).filter(|_| breaker.parked(now)).count();
         assert_eq!(opened, 1);
         assert!(breaker.is_open());

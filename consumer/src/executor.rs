@@ -36,9 +36,9 @@ use crate::topic_log::{Interest, TopicLog};
 use inline_cost::InlineCost;
 use intake::{Reading, Stream};
 use keys::Successors;
-use report::{Afterwards, REPORT_EVERY};
-use trial::Trials;
+use report::{Afterwards, REPORT_EVERY, Recording};
 pub(crate) use run::{panicked, timed_out};
+use trial::Trials;
 
 /// What a subscription is, for as long as the process runs.
 pub(crate) struct Plan {
@@ -144,8 +144,10 @@ pub(crate) struct Executor {
     journal: Journal,
     /// What is to be done once it is recorded.
     afterwards: Vec<Afterwards>,
-    /// What is to be done once the report of that number is recorded.
-    recording: VecDeque<(u64, Vec<Afterwards>)>,
+    /// Reports that are not yet recorded.
+    recording: VecDeque<Recording>,
+    /// How many messages their journals have.
+    unrecorded: usize,
     stop_by: Option<Instant>,
 }
 
@@ -215,6 +217,7 @@ impl Executor {
             journal: Journal::default(),
             afterwards: Vec::new(),
             recording: VecDeque::new(),
+            unrecorded: 0,
             stop_by: None,
         }
     }

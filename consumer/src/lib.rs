@@ -37,8 +37,11 @@ mod error;
 mod executor;
 mod extract;
 mod handler;
+mod inbox;
 mod journal;
 mod lane;
+#[doc(hidden)]
+pub mod link;
 mod process;
 mod progress;
 mod record;
@@ -60,6 +63,7 @@ pub use handler::{
     BoxFuture, DEFAULT_TIMEOUT, DefineHandler, HandlerDefinition, HandlerError, IntoOutcome, Order, Outcome,
     Start,
 };
+pub use inbox::Inbox;
 pub use postbox::cron::Missed;
 pub use postbox_macros::{cron, handler, handlers};
 pub use retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot};
@@ -15,12 +14,10 @@ use crate::error::Error;
 use crate::executor::{Claim, Command, Executor};
 use crate::handler::Start;
 use crate::lane::OwnedLane;
+use crate::link::Reconnect;
 use crate::session::{Ended, Session};
 use crate::subscription::{Kind, Subscription};
 use crate::topic_log::TopicLog;
-
-const RECONNECT_FIRST: Duration = Duration::from_millis(50);
-const RECONNECT_LAST: Duration = Duration::from_secs(5);
 
 pub(crate) struct Process {
     pub(crate) pool: PgPool,
@@ -89,15 +86,15 @@ impl Process {
     }
 
     async fn reopen(&mut self, token: &CancellationToken) -> Option<Session> {
-        let mut wait = RECONNECT_FIRST;
+        let mut reconnect = Reconnect::new();
         loop {
-            tokio::select! {
-                () = token.cancelled() => return None,
-                () = tokio::time::sleep(jittered(wait)) => {}
-            }
+            let open = async {
+                reconnect.wait().await;
+                Session::open(self).await
+            };
             let opened = tokio::select! {
                 () = token.cancelled() => return None,
-                opened = Session::open(self) => opened,
+                opened = open => opened,
             };
             match opened {
                 Ok(session) => {
@@ -109,7 +106,6 @@ impl Process {
                 }
                 Err(error) => warn!(%error, "cannot connect; trying again"),
             }
-            wait = (wait * 2).min(RECONNECT_LAST);
         }
     }
 
@@ -144,12 +140,4 @@ async fn start_offset(pool: &PgPool, topic: &str, start: Start) -> Result<i64, E
         .bind(value)
         .fetch_one(pool)
         .await?)
-}
-
-/// Between the span and one and a half times it.
-fn jittered(span: Duration) -> Duration {
-    let nanos = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.subsec_nanos());
-    span + span.mul_f64(f64::from(nanos % 1_000) / 2_000.0)
 }

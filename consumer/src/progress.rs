@@ -153,6 +153,11 @@ impl Lease {
     }
 
     pub(crate) fn is_valid(&self) -> bool {
-        self.origin.elapsed() < Duration::from_millis(self.valid_ms.load(Ordering::Acquire))
+        !self.left().is_zero()
+    }
+
+    /// For how long it is valid.
+    pub(crate) fn left(&self) -> Duration {
+        Duration::from_millis(self.valid_ms.load(Ordering::Acquire)).saturating_sub(self.origin.elapsed())
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use sqlx::PgPool;
-use sqlx::postgres::{PgListener, PgPoolOptions};
+use sqlx::postgres::PgListener;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ use tracing::{debug, info, warn};
 use crate::error::Error;
 use crate::executor::{Claim, Command, Event, Executor, Membership};
 use crate::lane::{LaneRow, OwnedLane, plan};
+use crate::link;
 use crate::process::Process;
 use crate::progress::{Lease, Progress, Snapshot};
 use crate::record::Columns;
@@ -36,6 +37,7 @@ const HEADS_EVERY: u32 = 2;
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(20);
 /// A statement of the session that takes longer means that the connection is dead.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(4);
+const LEAST_PATIENCE: Duration = Duration::from_millis(100);
 
 pub(crate) struct Session {
     id: i32,
@@ -131,17 +133,12 @@ struct LaneOf {
 impl Session {
     /// Connects, registers subscriptions and instance, and starts the executors, which own nothing yet.
     pub(crate) async fn open(process: &mut Process) -> Result<Self, Error> {
-        let pool = PgPoolOptions::new()
-            .max_connections(1)
-            .max_lifetime(None)
-            .idle_timeout(None)
-            .acquire_timeout(Duration::from_secs(10))
-            .connect_with((*process.pool.connect_options()).clone())
-            .await?;
-        let mut listener = PgListener::connect_with(&pool).await?;
-        listener.ignore_pool_close_event(true);
-        listener.eager_reconnect(false);
-        listener.listen("postbox_segment").await?;
+        let (mut listener, pool) = link::open(
+            (*process.pool.connect_options()).clone(),
+            "postbox_segment",
+            Duration::from_secs(10),
+        )
+        .await?;
 
         let mut registered = Vec::new();
         for (n, subscription) in process.subscriptions.iter().enumerate() {
@@ -319,7 +316,7 @@ impl Session {
             .bind(self.id)
             .bind(report(process))
             .execute(&mut self.listener);
-        if in_time(query).await?.rows_affected() == 0 {
+        if in_time(&self.lease, query).await?.rows_affected() == 0 {
             return Err(Lost("this instance's registration is gone".to_owned()));
         }
         self.heartbeat_at = sent;
@@ -339,7 +336,7 @@ impl Session {
             .bind(ids)
             .bind(topics)
             .fetch_one(&mut self.listener);
-        let sqlx::types::Json(look): sqlx::types::Json<Look> = in_time(query).await?;
+        let sqlx::types::Json(look): sqlx::types::Json<Look> = in_time(&self.lease, query).await?;
         for (topic, head) in &look.heads {
             if let Some(log) = process.logs.get(topic.as_str()) {
                 log.set_head(*head);
@@ -353,7 +350,11 @@ impl Session {
             self.arrange(n, &look, &dead).await?;
         }
         for service in self.services.iter().filter(|s| look.decided.contains(&s.id)) {
-            let held = in_time(redelivery::of_operators(&mut self.listener, service.id)).await?;
+            let held = in_time(
+                &self.lease,
+                redelivery::of_operators(&mut self.listener, service.id),
+            )
+            .await?;
             service.command(Command::Decided(held));
         }
         Ok(again)
@@ -454,7 +455,7 @@ impl Session {
         .bind(epochs)
         .bind(died)
         .fetch_all(&mut self.listener);
-        let claimed: Vec<ClaimedRow> = in_time(query).await?;
+        let claimed: Vec<ClaimedRow> = in_time(&self.lease, query).await?;
         if claimed.is_empty() {
             return Ok(());
         }
@@ -480,19 +481,34 @@ impl Session {
             })
             .collect();
         // Only the owner writes them, so they are as they will be when the executor gets them.
-        let held = in_time(redelivery::of_lanes(&mut self.listener, service.id, &numbers)).await?;
-        let parked = in_time(redelivery::parked_keys(&mut self.listener, service.id, &numbers)).await?;
+        let held = in_time(
+            &self.lease,
+            redelivery::of_lanes(&mut self.listener, service.id, &numbers),
+        )
+        .await?;
+        let parked = in_time(
+            &self.lease,
+            redelivery::parked_keys(&mut self.listener, service.id, &numbers),
+        )
+        .await?;
         service.command(Command::Claimed(Claim { lanes, held, parked }));
         Ok(())
     }
 
     /// Writes what the executors reported; `false` if some lane turned out to have another owner.
     async fn checkpoint(&mut self) -> Result<bool, Lost> {
+        self.write_reports(|_, _| ()).await
+    }
+
+    async fn write_reports(&mut self, mut seen: impl FnMut(i32, &Snapshot)) -> Result<bool, Lost> {
         self.checkpointed = Instant::now();
         let mut columns = Columns::default();
         let mut written = Vec::new();
         for (n, service) in self.services.iter().enumerate() {
             if let Some(unwritten) = service.progress.take() {
+                if let Some(snapshot) = &unwritten.snapshot {
+                    seen(service.id, snapshot);
+                }
                 written.push((n, unwritten.number));
                 columns.push(service.id, unwritten);
             }
@@ -500,7 +516,11 @@ impl Session {
         if columns.is_empty() {
             return Ok(true);
         }
-        let complete = in_time(columns.write(&mut self.listener, self.id, &self.name)).await?;
+        let complete = in_time(
+            &self.lease,
+            columns.write(&mut self.listener, self.id, &self.name),
+        )
+        .await?;
         for (n, number) in written {
             self.services[n].command(Command::Recorded(number));
         }
@@ -528,7 +548,7 @@ impl Session {
             .bind(columns.positions)
             .bind(columns.pending)
             .execute(&mut self.listener);
-        in_time(query).await?;
+        in_time(&self.lease, query).await?;
         Ok(())
     }
 
@@ -538,24 +558,20 @@ impl Session {
         for service in &self.services {
             service.command(Command::Stop(grace));
         }
-        // Handlers may need longer than the lease.
-        while !self.services.iter().all(|service| service.task.is_finished()) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        // Handlers may need longer than the lease, and some runs wait for their attempt to be recorded.
+        let mut last = HashMap::new();
+        loop {
+            let ended = self.services.iter().all(|service| service.task.is_finished());
             self.heartbeat(process).await?;
-            // Some runs wait for their attempt to be recorded.
-            if self.checkpointed.elapsed() >= CHECKPOINT_EVERY {
-                self.checkpoint().await?;
+            self.write_reports(|subscription, snapshot| {
+                last.insert(subscription, snapshot.clone());
+            })
+            .await?;
+            if ended {
+                break;
             }
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let mut last = Vec::new();
-        let mut columns = Columns::default();
-        for service in &self.services {
-            if let Some(unwritten) = service.progress.take() {
-                last.extend(unwritten.snapshot.clone().map(|snapshot| (service.id, snapshot)));
-                columns.push(service.id, unwritten);
-            }
-        }
-        in_time(columns.write(&mut self.listener, self.id, &self.name)).await?;
         while let Ok(event) = self.events.try_recv() {
             if let Event::Released {
                 subscription,
@@ -571,7 +587,7 @@ impl Session {
         let query = sqlx::query("DELETE FROM postbox.consumer WHERE id = $1")
             .bind(self.id)
             .execute(&mut self.listener);
-        in_time(query).await?;
+        in_time(&self.lease, query).await?;
         Ok(())
     }
 }
@@ -638,11 +654,11 @@ impl From<sqlx::Error> for Lost {
     }
 }
 
-async fn in_time<T>(statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Lost> {
-    match tokio::time::timeout(STATEMENT_TIMEOUT, statement).await {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(Lost(format!(
-            "the server did not answer within {STATEMENT_TIMEOUT:?}"
-        ))),
-    }
+/// Not beyond the end of the own lease, so that handlers are cancelled before others take over.
+async fn in_time<T>(
+    lease: &Lease,
+    statement: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, Lost> {
+    let limit = lease.left().clamp(LEAST_PATIENCE, STATEMENT_TIMEOUT);
+    Ok(link::in_time(limit, statement).await?)
 }

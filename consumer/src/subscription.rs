@@ -230,11 +230,7 @@ impl Family<'_> {
 /// Runs for messages of an unknown type where that is an error: they fail until a handler for them is deployed.
 fn refuse_unknown() -> Handler {
     let definition = HandlerDefinition::new("unknown type")
-        .retry(Retry::exponential(
-            Duration::from_secs(1),
-            Duration::from_secs(60),
-        )
-        .unlimited())
+        .retry(Retry::exponential(Duration::from_secs(1), Duration::from_secs(60)).unlimited())
         .call(|invocation| {
             Box::pin(async move {
                 let message_type = invocation

@@ -9,7 +9,7 @@ use futures_util::future::{BoxFuture, Shared};
 use postbox::Offset;
 use postbox::log::{self, Segment};
 use sqlx::pool::PoolConnection;
-use sqlx::{PgPool, Postgres};
+use sqlx::{PgConnection, PgPool, Postgres};
 use tokio::sync::watch;
 
 use crate::block::{Block, Entry};
@@ -156,31 +156,63 @@ impl TopicLog {
         let mut connection = self.readers.acquire().await?;
         let mut segments = self.indexed(from);
         if segments.is_empty() {
-            let index =
-                log::segments(&mut connection, &self.topic, Offset::new(from), INDEX_SEGMENTS).await?;
-            let mut state = self.lock();
-            if state.generation == generation {
-                state.index = index.clone();
-            }
-            segments = index;
+            segments = self.read_index(&mut connection, from, generation).await?;
         }
+        loop {
+            let Some(block) = self.read_block(&mut connection, &segments, from).await? else {
+                return Ok(None);
+            };
+            if block.has_gone() {
+                // Rows are where the index says until `postbox.rebase` gives them new addresses; then the index read before is stale.
+                let now = self.read_index(&mut connection, from, generation).await?;
+                if !now.starts_with(&segments) && !segments.starts_with(&now) {
+                    segments = now;
+                    continue;
+                }
+            }
+            let block = Arc::new(block);
+            self.lock().keep(block.clone(), generation);
+            return Ok(Some(block));
+        }
+    }
+
+    async fn read_index(
+        &self,
+        connection: &mut PgConnection,
+        from: i64,
+        generation: u64,
+    ) -> Result<Vec<Segment>, postbox::Error> {
+        let index = log::segments(connection, &self.topic, Offset::new(from), INDEX_SEGMENTS).await?;
+        let mut state = self.lock();
+        if state.generation == generation {
+            state.index = index.clone();
+        }
+        Ok(index)
+    }
+
+    /// `None` if there are no segments.
+    async fn read_block(
+        &self,
+        connection: &mut PgConnection,
+        segments: &[Segment],
+        from: i64,
+    ) -> Result<Option<Block>, postbox::Error> {
         let Some(first) = segments.first() else {
             return Ok(None);
         };
         let from = from.max(first.base().get());
-        let to = block_end(&segments, from);
+        let to = block_end(segments, from);
         let wants = self.wants();
         let wanted = |offset: Offset, key: Option<i32>| wants(offset.get(), key);
         let found = log::messages(
-            &mut connection,
+            connection,
             &self.topic,
-            &segments,
+            segments,
             Offset::new(from),
             Offset::new(to),
             wanted,
         )
         .await?;
-        drop(connection);
 
         let mut bytes = 0;
         let mut entries = Vec::with_capacity(found.len());
@@ -202,13 +234,11 @@ impl TopicLog {
                 None => Entry::Unread(key),
             });
         }
-        let block = Arc::new(Block {
+        Ok(Some(Block {
             base: from,
             entries,
             bytes,
-        });
-        self.lock().keep(block.clone(), generation);
-        Ok(Some(block))
+        }))
     }
 
     /// The known segments from the one that contains `from`.

@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use postbox::cron::{CronError, Missed, Schedule};
+use postbox_consumer::link::in_time;
 use sqlx::postgres::PgListener;
 use tracing::{info, warn};
-
-use crate::sequencer::in_time;
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 

@@ -1,19 +1,17 @@
 //! The dispatcher: what an application or the `postbox` command runs.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
+use postbox_consumer::link::Reconnect;
 use sqlx::PgPool;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::expiry;
 use crate::sequencer::{Counters, Sequencer};
 use crate::timers::{self, Timers};
-
-const RECONNECT_FIRST: Duration = Duration::from_millis(50);
-const RECONNECT_LAST: Duration = Duration::from_secs(5);
+use crate::{expiry, restore};
 
 /// Sequences messages and wakes their consumers, promotes scheduled messages when they are due, and fires cron schedules.
 ///
@@ -41,13 +39,14 @@ impl Dispatcher {
         self
     }
 
-    /// Starts in the background; returns once it is connected.
+    /// Starts in the background; returns once it is connected. In a database that was restored from another cluster it first does what
+    /// [`restore::rebase`] does, and logs that as a warning.
     ///
-    /// **Errors.** A schema that is missing, older or newer; a first connection that fails.
+    /// **Errors.** A schema that is missing, older or newer; a first connection that fails; a restore that has not ended.
     pub async fn start(self) -> Result<DispatcherHandle, postbox::Error> {
         postbox::check_schema(&self.pool).await?;
         let counters = Arc::new(Counters::default());
-        let sequencer = Sequencer::connect(&self.pool, self.tick, counters.clone()).await?;
+        let sequencer = self.connect(&counters).await?;
         let timing = Arc::new(timers::Counters::default());
         let timers = Timers::connect(&self.pool, self.tick, timing.clone()).await?;
         let token = CancellationToken::new();
@@ -77,15 +76,14 @@ impl Dispatcher {
         timing: Arc<timers::Counters>,
         token: CancellationToken,
     ) {
-        let (pool, tick) = (&self.pool, self.tick);
-        let expiry = expiry::run(pool.clone());
+        let expiry = expiry::run(self.pool.clone());
         let sequencing = async {
             let mut sequencer = first;
             info!("dispatching");
             loop {
                 let error = sequencer.run().await;
                 warn!(%error, "lost the connection; connecting again");
-                sequencer = reconnect(|| Sequencer::connect(pool, tick, counters.clone())).await;
+                sequencer = self.reconnect(&counters).await;
                 info!("connected again");
             }
         };
@@ -95,7 +93,7 @@ impl Dispatcher {
             loop {
                 let error = timers.run().await;
                 warn!(%error, "the timers lost their connection; connecting again");
-                timers = reconnect(|| Timers::connect(pool, tick, timing.clone())).await;
+                timers = self.reconnect_timers(&timing).await;
             }
         };
         tokio::select! {
@@ -105,20 +103,33 @@ impl Dispatcher {
             () = timers => {}
         }
     }
-}
 
-async fn reconnect<T, F>(connect: impl Fn() -> F) -> T
-where
-    F: Future<Output = Result<T, sqlx::Error>>,
-{
-    let mut wait = RECONNECT_FIRST;
-    loop {
-        tokio::time::sleep(jittered(wait)).await;
-        match connect().await {
-            Ok(connected) => return connected,
-            Err(error) => warn!(%error, "cannot connect; trying again"),
+    async fn connect(&self, counters: &Arc<Counters>) -> Result<Sequencer, postbox::Error> {
+        restore::rebase_if_restored(&self.pool).await?;
+        Ok(Sequencer::connect(&self.pool, self.tick, counters.clone()).await?)
+    }
+
+    async fn reconnect(&self, counters: &Arc<Counters>) -> Sequencer {
+        let mut reconnect = Reconnect::new();
+        loop {
+            reconnect.wait().await;
+            // What answers now may be another cluster.
+            match self.connect(counters).await {
+                Ok(sequencer) => return sequencer,
+                Err(error) => warn!(%error, "cannot connect; trying again"),
+            }
         }
-        wait = (wait * 2).min(RECONNECT_LAST);
+    }
+
+    async fn reconnect_timers(&self, timing: &Arc<timers::Counters>) -> Timers {
+        let mut reconnect = Reconnect::new();
+        loop {
+            reconnect.wait().await;
+            match Timers::connect(&self.pool, self.tick, timing.clone()).await {
+                Ok(timers) => return timers,
+                Err(error) => warn!(%error, "the timers cannot connect; trying again"),
+            }
+        }
     }
 }
 
@@ -154,12 +165,4 @@ impl Drop for DispatcherHandle {
     fn drop(&mut self) {
         self.token.cancel();
     }
-}
-
-/// Between the span and one and a half times it.
-fn jittered(span: Duration) -> Duration {
-    let nanos = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.subsec_nanos());
-    span + span.mul_f64(f64::from(nanos % 1_000) / 2_000.0)
 }

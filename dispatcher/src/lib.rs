@@ -14,9 +14,12 @@
 //! outbox.
 
 mod cron;
+pub mod dead_letters;
 mod dispatcher;
 mod expiry;
+pub mod messages;
 mod promotion;
+pub mod restore;
 mod sequencer;
 pub mod status;
 mod timers;

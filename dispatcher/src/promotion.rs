@@ -2,10 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use postbox_consumer::link::in_time;
 use sqlx::postgres::PgListener;
 use uuid::Uuid;
-
-use crate::sequencer::in_time;
 
 /// Most messages that one call moves: some ten milliseconds, so that a burst does not keep others waiting for long.
 const BATCH: i32 = 1_000;

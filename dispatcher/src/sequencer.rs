@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use postbox_consumer::link::{self, in_time};
 use sqlx::PgPool;
-use sqlx::postgres::{PgListener, PgPoolOptions};
+use sqlx::postgres::PgListener;
 
 /// Without work for so long, a dispatcher that polls goes to sleep.
 const BUSY_FOR: Duration = Duration::from_millis(60);
@@ -82,7 +83,10 @@ impl Sequencer {
         tick: Duration,
         counters: Arc<Counters>,
     ) -> Result<Self, sqlx::Error> {
-        let (mut listener, own) = connect(pool, "postbox dispatcher", &["postbox_outbox"]).await?;
+        let options = (*pool.connect_options())
+            .clone()
+            .application_name("postbox dispatcher");
+        let (mut listener, own) = link::open(options, "postbox_outbox", STATEMENT_TIMEOUT).await?;
         sqlx::raw_sql(SETTINGS).execute(&mut listener).await?;
         Ok(Self {
             listener,
@@ -132,15 +136,13 @@ impl Sequencer {
         let mut rings = 0;
         let mut since = Instant::now();
         loop {
-            if self.ring(SLEEPING_POLL).await? {
-                rings += 1;
-                if rings >= RUSH.0 {
-                    if since.elapsed() < RUSH.1 {
-                        break;
-                    }
-                    rings = 0;
-                    since = Instant::now();
+            rings += self.ring(SLEEPING_POLL).await?;
+            if rings >= RUSH.0 {
+                if since.elapsed() < RUSH.1 {
+                    break;
                 }
+                rings = 0;
+                since = Instant::now();
             }
             self.step().await?;
         }
@@ -154,24 +156,26 @@ impl Sequencer {
 
     /// Another dispatcher is at the bell: steps in when it does not answer, and tries to take its place.
     async fn stand_by(&mut self) -> Result<(), sqlx::Error> {
-        if self.ring(SLEEPING_POLL).await? {
+        if self.ring(SLEEPING_POLL).await? > 0 {
             tokio::time::sleep(STANDBY_WAIT).await;
         }
         self.step().await?;
         Ok(())
     }
 
-    /// Waits for a publisher's notification; `false` after `at_most`.
-    async fn ring(&mut self, at_most: Duration) -> Result<bool, sqlx::Error> {
-        let rang = match tokio::time::timeout(at_most, self.listener.try_recv()).await {
-            Ok(Ok(Some(_))) => true,
+    /// Waits for a publisher's notification; how many there are by then, none after `at_most`.
+    async fn ring(&mut self, at_most: Duration) -> Result<u32, sqlx::Error> {
+        let mut rings = match tokio::time::timeout(at_most, self.listener.try_recv()).await {
+            Ok(Ok(Some(_))) => 1,
             Ok(Ok(None)) => return Err(closed()),
             Ok(Err(error)) => return Err(error),
-            Err(_) => false,
+            Err(_) => 0,
         };
-        // One step answers all that have rung so far.
-        while self.listener.next_buffered().is_some() {}
-        Ok(rang)
+        // One step answers all that have rung so far. Each counts: where steps are slow a rush is many rings at once.
+        while self.listener.next_buffered().is_some() {
+            rings += 1;
+        }
+        Ok(rings)
     }
 
     async fn take_bell(&mut self) -> Result<Bell, sqlx::Error> {
@@ -204,43 +208,9 @@ impl Sequencer {
     }
 }
 
-/// A connection of one's own that hears notifications, and the pool that holds it.
-pub(crate) async fn connect(
-    pool: &PgPool,
-    name: &str,
-    channels: &[&str],
-) -> Result<(PgListener, PgPool), sqlx::Error> {
-    let options = (*pool.connect_options()).clone().application_name(name);
-    let own = PgPoolOptions::new()
-        .max_connections(1)
-        .max_lifetime(None)
-        .idle_timeout(None)
-        .acquire_timeout(STATEMENT_TIMEOUT)
-        .connect_with(options)
-        .await?;
-    let mut listener = PgListener::connect_with(&own).await?;
-    listener.ignore_pool_close_event(true);
-    listener.eager_reconnect(false);
-    listener.listen_all(channels.iter().copied()).await?;
-    Ok((listener, own))
-}
-
 pub(crate) fn closed() -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(
         std::io::ErrorKind::UnexpectedEof,
         "the server closed the connection",
     ))
-}
-
-pub(crate) async fn in_time<T>(
-    limit: Duration,
-    statement: impl Future<Output = Result<T, sqlx::Error>>,
-) -> Result<T, sqlx::Error> {
-    match tokio::time::timeout(limit, statement).await {
-        Ok(result) => result,
-        Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
-            std::io::ErrorKind::TimedOut,
-            format!("the server did not answer within {limit:?}"),
-        ))),
-    }
 }

@@ -54,6 +54,17 @@ pub struct SubscriptionStatus {
     pub next_offset: i64,
     /// Upper bound of the messages not settled: those from `position` on.
     pub lag: i64,
+    /// Messages that failed and wait for their next attempt; those that an operator has put back are among them.
+    pub retrying: i64,
+    /// Messages that wait for a failed one of their key.
+    pub parked: i64,
+    /// Messages whose attempts are exhausted and whose keys wait for an operator. They are dead letters too.
+    pub halted: i64,
+    /// Dead letters.
+    pub dead: i64,
+    /// What the instances' circuit breakers are, the worst of them: `open` (messages fail broadly, so intake stopped and probes go on), `full`
+    /// (as many failed messages wait as may, so intake stopped), `closed` (all is well); `None` where no live instance says.
+    pub breaker: Option<String>,
 }
 
 /// A consumer instance.
@@ -81,9 +92,22 @@ pub struct ConsumerStatus {
 const TOPICS: &str = "SELECT name AS topic, postbox.first_offset(name) AS first_offset, postbox.next_offset(name) AS next_offset \
      FROM postbox.topic ORDER BY name";
 
+/// Redelivery is bounded, and dead letters are counted by an index. An instance that never had a heartbeat reports an empty object.
 const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes, l.owned, \
-         least(l.position, n.next_offset) AS position, n.next_offset, greatest(n.next_offset - l.position, 0) AS lag \
+         least(l.position, n.next_offset) AS position, n.next_offset, greatest(n.next_offset - l.position, 0) AS lag, \
+         r.retrying, r.parked, r.halted, \
+         (SELECT count(*) FROM postbox.dead_letter d WHERE d.subscription_id = s.id) AS dead, \
+         (SELECT b.breaker FROM postbox.consumer c \
+             CROSS JOIN jsonb_array_elements(CASE jsonb_typeof(c.report) WHEN 'array' THEN c.report ELSE '[]' END) AS e (entry) \
+             CROSS JOIN LATERAL (SELECT e.entry ->> 'breaker' AS breaker) b \
+             WHERE s.id = ANY (c.subscriptions) AND e.entry ->> 'group' = s.group_name AND e.entry ->> 'topic' = s.topic \
+                 AND b.breaker IS NOT NULL AND postbox.is_live(c.id) \
+             ORDER BY array_position(ARRAY['open', 'full', 'closed'], b.breaker) LIMIT 1) AS breaker \
      FROM postbox.subscription s \
+     CROSS JOIN LATERAL ( \
+         SELECT count(*) FILTER (WHERE r.state IN ('retry', 'trying', 'redriven')) AS retrying, \
+             count(*) FILTER (WHERE r.state = 'parked') AS parked, count(*) FILTER (WHERE r.state = 'halted') AS halted \
+         FROM postbox.redelivery r WHERE r.subscription_id = s.id) r \
      CROSS JOIN LATERAL (SELECT postbox.next_offset(s.topic) AS next_offset) n \
      CROSS JOIN LATERAL ( \
          SELECT count(*) FILTER (WHERE postbox.is_live(t.consumer_id)) AS owned, \

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use postbox_consumer::link::{self, in_time};
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
 
 use crate::cron::Crons;
 use crate::promotion::{Look, Promotion};
-use crate::sequencer::{closed, connect, in_time};
+use crate::sequencer::closed;
 
 /// Without anything new for so long, timers that poll go to sleep.
 const BUSY_FOR: Duration = Duration::from_millis(60);
@@ -68,8 +69,11 @@ impl Timers {
         tick: Duration,
         counters: Arc<Counters>,
     ) -> Result<Self, sqlx::Error> {
-        let channels = ["postbox_scheduled", "postbox_cron"];
-        let (mut listener, own) = connect(pool, "postbox timers", &channels).await?;
+        let options = (*pool.connect_options())
+            .clone()
+            .application_name("postbox timers");
+        let (mut listener, own) = link::open(options, "postbox_scheduled", STATEMENT_TIMEOUT).await?;
+        listener.listen("postbox_cron").await?;
         sqlx::raw_sql(SETTINGS).execute(&mut listener).await?;
         Ok(Self {
             listener,

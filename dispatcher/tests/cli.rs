@@ -808,3 +808,100 @@ async fn a_newer_schema_is_refused_by_every_command() {
         );
     }
 }
+
+// -------------------------------------------------------------------------------------------------------------- postbox bench
+
+#[tokio::test]
+async fn bench_publish_prints_its_figures_and_leaves_nothing_of_its_own_behind() {
+    let db = TestDatabase::new().await.unwrap();
+    sqlx::query("SELECT postbox.subscribe('mine', 'orders', 4::smallint, 'key', NULL, 'earliest', NULL)")
+        .execute(db.pool())
+        .await
+        .unwrap();
+    succeed(run(&db, &["publish", "orders", "--payload", "1"]));
+    let arguments = [
+        "bench",
+        "publish",
+        "--json",
+        "--compare",
+        "--seconds",
+        "1",
+        "--rounds",
+        "1",
+        "--clients",
+        "2",
+    ];
+    let lines = json_lines(&succeed(run(&db, &arguments)));
+    let [figures] = lines.as_slice() else {
+        panic!("one object: {lines:?}");
+    };
+    assert_eq!(figures["bench"], "publish");
+    assert_eq!(figures["verified"], true);
+    assert!(figures["postgres"].is_string(), "{figures}");
+    assert!(figures["cores"].as_u64() >= Some(1), "{figures}");
+    assert_eq!(figures["settings"]["clients"], 2);
+    assert_eq!(figures["settings"]["server"]["synchronous_commit"], "on");
+    for name in [
+        "messages",
+        "tx_per_s",
+        "ratio_to_plain_insert",
+        "ratio_to_no_message",
+        "textbook_ratio_to_plain_insert",
+    ] {
+        assert!(figures[name].as_f64() > Some(0.0), "{name}: {figures}");
+    }
+    for nothing in [
+        "SELECT count(*) FROM pg_namespace WHERE nspname = 'postbox_bench'",
+        "SELECT count(*) FROM postbox.subscription WHERE group_name <> 'mine'",
+        "SELECT count(*) FROM postbox.topic WHERE name <> 'orders'",
+    ] {
+        let left: i64 = sqlx::query_scalar(nothing).fetch_one(db.pool()).await.unwrap();
+        assert_eq!(left, 0, "{nothing}");
+    }
+    let mine: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.lane")
+        .fetch_one(db.pool())
+        .await
+        .unwrap();
+    assert_eq!(mine, 4, "another group's lanes");
+}
+
+#[tokio::test]
+async fn bench_with_a_consumer_in_another_process_counts_every_delivery() {
+    let db = TestDatabase::new().await.unwrap();
+    let arguments = [
+        "bench",
+        "fanout",
+        "--json",
+        "--rounds",
+        "1",
+        "--messages",
+        "500",
+        "--groups",
+        "4",
+        "--processes",
+        "2",
+    ];
+    let lines = json_lines(&succeed(run(&db, &arguments)));
+    let processes: Vec<_> = lines.iter().map(|line| line["processes"].as_u64()).collect();
+    assert_eq!(processes, [Some(1), Some(2)]);
+    for line in &lines {
+        assert_eq!(
+            (&line["verified"], &line["groups"]),
+            (&json!(true), &json!(4)),
+            "{line}"
+        );
+        assert!(line["deliveries_per_s"].as_f64() > Some(0.0), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn only_one_bench_runs_at_a_time() {
+    let db = TestDatabase::new().await.unwrap();
+    let mut other = db.connect().await.unwrap();
+    sqlx::query("SELECT pg_advisory_lock(1347571766, 1)")
+        .execute(&mut other)
+        .await
+        .unwrap();
+    let error = fail(run(&db, &["bench", "publish", "--json", "--seconds", "1"]));
+    assert!(error.contains("another `postbox bench`"), "{error}");
+}

@@ -92,7 +92,7 @@ async fn main() -> ExitCode {
 /// `None`: it was stopped with Ctrl-C.
 async fn quickstart() -> Result<Option<Report>> {
     let history = History::january()?;
-    eprintln!("Looking for PostgreSQL …");
+    eprintln!("Looking for PostgreSQL, which is fetched if this machine has none …");
     let server = TestPostgres::find_or_start().await?;
     let database = server.empty_database().await?;
     eprintln!(

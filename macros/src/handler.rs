@@ -6,7 +6,9 @@ use syn::ext::IdentExt;
 use syn::parse::{ParseStream, Parser};
 use syn::punctuated::Punctuated;
 use syn::spanned::Spanned;
-use syn::{Attribute, Expr, FnArg, Ident, ItemFn, LitStr, ReturnType, Signature, Token, Type, bracketed};
+use syn::{
+    Attribute, Expr, ExprPath, FnArg, Ident, ItemFn, LitStr, ReturnType, Signature, Token, Type, bracketed,
+};
 
 use crate::attribute;
 use crate::duration::Interval;
@@ -25,6 +27,7 @@ const KNOWN: &[&str] = &[
     "lanes",
     "timeout",
     "retry",
+    "on_dead_letter",
 ];
 
 /// The item as it was, and its definition or the errors.
@@ -134,6 +137,7 @@ struct Options {
     lanes: Option<Expr>,
     timeout: Option<Interval>,
     retry: Option<Retry>,
+    on_dead_letter: Option<ExprPath>,
 }
 
 impl Options {
@@ -141,7 +145,7 @@ impl Options {
         let (mut group, mut broadcast) = (None, None);
         let (mut topic, mut types) = (None, Vec::new());
         let (mut concurrency, mut lanes, mut timeout, mut retry) = (None, None, None, None);
-        let (mut order, mut start) = (None, None);
+        let (mut order, mut start, mut on_dead_letter) = (None, None, None);
         attribute::read_options(input, "#[handler]", KNOWN, |option, name, input| {
             match name {
                 "group" => group = Some((attribute::name(option, "inventory", input)?, option.span())),
@@ -170,6 +174,7 @@ impl Options {
                 }
                 "lanes" => lanes = Some(attribute::count(option, input)?),
                 "timeout" => timeout = Some(attribute::interval(option, "20s", input)?),
+                "on_dead_letter" => on_dead_letter = Some((read_function(option, input)?, option.span())),
                 _ => retry = Some(Retry::read(option, input)?),
             }
             Ok(())
@@ -188,6 +193,11 @@ impl Options {
                 return Err(syn::Error::new(Span::call_site(), message));
             }
         };
+        if let (Audience::Broadcast, Some((_, span))) = (&audience, &on_dead_letter) {
+            let message = "a broadcast from memory has no dead letters: `on_dead_letter` goes with group = \"…\" or \
+                           broadcast = \"durable\"";
+            return Err(syn::Error::new(*span, message));
+        }
         Ok(Self {
             audience,
             topic,
@@ -198,6 +208,7 @@ impl Options {
             lanes,
             timeout,
             retry,
+            on_dead_letter: on_dead_letter.map(|(function, _)| function),
         })
     }
 }
@@ -208,6 +219,15 @@ fn read_broadcast(option: &Ident, input: ParseStream<'_>) -> syn::Result<Audienc
     }
     attribute::choice(option, &[("durable", ())], input)?;
     Ok(Audience::DurableBroadcast)
+}
+
+/// The path in `= notify` or `= crate::support::notify`.
+fn read_function(option: &Ident, input: ParseStream<'_>) -> syn::Result<ExprPath> {
+    let mend = || format!("`{option}` takes the name of an async function: {option} = tell_support");
+    match attribute::value(option, mend, input)? {
+        Expr::Path(path) => Ok(path),
+        other => Err(syn::Error::new_spanned(other, mend())),
+    }
 }
 
 fn read_types(option: &Ident, input: ParseStream<'_>) -> syn::Result<Vec<LitStr>> {
@@ -245,6 +265,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
         lanes,
         timeout,
         retry,
+        on_dead_letter,
         ..
     } = options;
     let topic = topic.iter();
@@ -254,6 +275,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
     let lanes = lanes.iter();
     let timeout = timeout.map(Interval::expression).into_iter();
     let retry = retry.as_ref().map(Retry::expression).into_iter();
+    let on_dead_letter = on_dead_letter.iter().map(letter_call);
     let call = call(signature, arguments);
     quote! {
         ::postbox_consumer::HandlerDefinition::new(::core::concat!(::core::module_path!(), "::", #name))
@@ -266,6 +288,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
             #(.lanes(#lanes))*
             #(.timeout(#timeout))*
             #(.retry(#retry))*
+            #(.on_dead_letter(#on_dead_letter))*
             #(.argument::<#arguments>())*
             .call(#call)
     }
@@ -302,6 +325,16 @@ pub(crate) fn call(signature: &Signature, arguments: &[&Type]) -> TokenStream {
         |#invocation| ::std::boxed::Box::pin(async move {
             #(#extract)*
             #outcome::into_outcome(#function(#(#names),*).await)
+        })
+    }
+}
+
+/// The closure that calls the function of `on_dead_letter`. It keeps the path's span, so that the compiler points there at a
+/// function that takes or returns something else.
+fn letter_call(function: &ExprPath) -> TokenStream {
+    quote_spanned! {function.span()=>
+        |letter| ::std::boxed::Box::pin(async move {
+            ::postbox_consumer::IntoOutcome::into_outcome(#function(letter).await)
         })
     }
 }
@@ -358,7 +391,8 @@ mod tests {
             quote! {
                 group = "inventory", topic = "orders", types = ["a", "b"], concurrency = 64, order = "topic",
                 start = "latest", lanes = LANES, timeout = "20s",
-                retry(backoff = "linear(1s, 1m)"),
+                retry(backoff = "linear(1s, 1m)", exhausted = "halt", max_attempts = 8, max_age = "1d"),
+                on_dead_letter = support::tell,
             },
             quote!(
                 async fn ship(order: OrderPlaced) {}
@@ -380,7 +414,13 @@ mod tests {
                         ::core::time::Duration::from_millis(1000u64),
                         ::core::time::Duration::from_millis(60000u64)
                     )
+                    .max_attempts(8)
+                    .max_age(::core::time::Duration::from_millis(86400000u64))
+                    .exhausted(::postbox_consumer::Exhausted::Halt)
                 )
+                .on_dead_letter(|letter| ::std::boxed::Box::pin(async move {
+                    ::postbox_consumer::IntoOutcome::into_outcome(support::tell(letter).await)
+                }))
                 .argument::<OrderPlaced>()
                 .call(|mut invocation| ::std::boxed::Box::pin(async move {
                     let argument_0 =
@@ -397,13 +437,28 @@ mod tests {
     #[test]
     fn a_retry_without_a_backoff_starts_from_the_default() {
         let expansion = expansion(
-            quote!(broadcast, retry(backoff = "fixed(3s)")),
+            quote!(broadcast, retry(max_attempts = 3)),
             quote!(
                 async fn ship() {}
             ),
         );
-        let expected = quote!(.broadcast().retry(::postbox_consumer::Retry::fixed(::core::time::Duration::from_millis(3000u64))));
+        let expected = quote!(.broadcast().retry(::postbox_consumer::Retry::default().max_attempts(3)));
         assert!(expansion.contains(&expected.to_string()), "{expansion}");
+    }
+
+    #[test]
+    fn only_who_has_dead_letters_may_ask_for_them() {
+        for (options, refused) in [
+            (quote!(broadcast, on_dead_letter = tell), true),
+            (quote!(broadcast = "durable", on_dead_letter = tell), false),
+            (quote!(group = "g", on_dead_letter = tell), false),
+        ] {
+            let item = quote!(
+                async fn ship() {}
+            );
+            let expansion = expansion(options, item);
+            assert_eq!(expansion.contains("has no dead letters"), refused, "{expansion}");
+        }
     }
 
     #[test]

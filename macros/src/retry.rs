@@ -3,23 +3,26 @@
 use proc_macro2::TokenStream;
 use quote::quote;
 use syn::parse::ParseStream;
-use syn::{Ident, parenthesized};
+use syn::{Expr, Ident, parenthesized};
 
 use crate::attribute;
 use crate::duration::Interval;
 
-const KNOWN: &[&str] = &["backoff"];
+const KNOWN: &[&str] = &["max_attempts", "max_age", "backoff", "exhausted"];
 
-/// How a failed message is tried again.
+/// How a failed message is tried again, and what becomes of it in the end.
 #[derive(Default)]
 pub(crate) struct Retry {
     backoff: Option<Backoff>,
+    max_attempts: Option<Expr>,
+    max_age: Option<Interval>,
+    exhausted: Option<TokenStream>,
 }
 
 impl Retry {
     /// Reads `(…)`.
     pub(crate) fn read(option: &Ident, input: ParseStream<'_>) -> syn::Result<Self> {
-        let mend = "`retry` takes options in parentheses: retry(backoff = \"exponential(1s, 10m)\")";
+        let mend = "`retry` takes options in parentheses: retry(max_attempts = 8, backoff = \"exponential(1s, 10m)\")";
         if !input.peek(syn::token::Paren) {
             return Err(syn::Error::new(option.span(), mend));
         }
@@ -29,8 +32,16 @@ impl Retry {
             return Err(syn::Error::new(option.span(), mend));
         }
         let mut retry = Self::default();
-        attribute::read_options(&content, "retry", KNOWN, |option, _name, input| {
-            retry.backoff = Some(Backoff::read(option, input)?);
+        attribute::read_options(&content, "retry", KNOWN, |option, name, input| {
+            match name {
+                "max_attempts" => retry.max_attempts = Some(attribute::count(option, input)?),
+                "max_age" => retry.max_age = Some(attribute::interval(option, "1d", input)?),
+                "exhausted" => {
+                    let choices = [("skip", quote!(Skip)), ("halt", quote!(Halt))];
+                    retry.exhausted = Some(attribute::choice(option, &choices, input)?);
+                }
+                _ => retry.backoff = Some(Backoff::read(option, input)?),
+            }
             Ok(())
         })?;
         Ok(retry)
@@ -42,7 +53,15 @@ impl Retry {
             .backoff
             .as_ref()
             .map_or_else(|| quote!(default()), Backoff::expression);
-        quote!(::postbox_consumer::Retry::#start)
+        let max_attempts = self.max_attempts.iter();
+        let max_age = self.max_age.map(Interval::expression).into_iter();
+        let exhausted = self.exhausted.iter();
+        quote! {
+            ::postbox_consumer::Retry::#start
+                #(.max_attempts(#max_attempts))*
+                #(.max_age(#max_age))*
+                #(.exhausted(::postbox_consumer::Exhausted::#exhausted))*
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use crate::id::{MessageId, Offset};
 pub const SEGMENT: i64 = 1024;
 
 /// Up to 1,024 consecutive offsets of a topic: where their messages are, and the hashes of their keys.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
     base: i64,
     slot: i16,

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -75,6 +75,11 @@ impl Cluster {
 
     pub(crate) fn url(&self) -> String {
         url::local(self.port, &self.password)
+    }
+
+    /// A program beside the server's, if it is there.
+    pub(crate) fn program(&self, name: &str) -> Option<PathBuf> {
+        Some(self.binaries.program(name)).filter(|program| program.exists())
     }
 
     /// Nothing to do when it runs. On return it takes connections.

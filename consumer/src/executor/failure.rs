@@ -54,11 +54,11 @@ impl Executor {
         };
         if self.breaker.is_probe(job.offset) {
             // What fails now fails for all, so it is not counted against the message.
-            self.breaker.failed(job.offset, now);
+            self.breaker.failed(job.offset, job.attempt, now);
             debug!(group = %self.plan.group, topic = %self.plan.topic, error = failure.reason, "the probe failed");
             return self.again(job, wait);
         }
-        if self.breaker.failed(job.offset, now) {
+        if self.breaker.failed(job.offset, job.attempt, now) {
             self.warn_open();
         }
         let since = *job.failing_since.get_or_insert(now);
@@ -252,12 +252,8 @@ impl Executor {
     }
 
     fn adopt_one(&mut self, held: Held) {
-        let (offset, lane, state, attempts) = (
-            held.message.offset.get(),
-            held.lane,
-            held.state,
-            held.attempts,
-        );
+        let (offset, lane, state, attempts) =
+            (held.message.offset.get(), held.lane, held.state, held.attempts);
         let due = Instant::now() + held.due_in;
         // Its key is its own.
         let was_halted = self.halted.remove(&offset);
@@ -358,9 +354,7 @@ impl Executor {
         match self.job(Record::alone(held.message), offset, lane) {
             Some(job) => Some(Job {
                 attempt: held.attempts + 1,
-                failing_since: held
-                    .failing_for
-                    .and_then(|span| Instant::now().checked_sub(span)),
+                failing_since: held.failing_for.and_then(|span| Instant::now().checked_sub(span)),
                 stored: true,
                 ..job
             }),

@@ -113,7 +113,12 @@ impl Executor {
 
     /// There is room, and what is taken in may be expected to succeed.
     fn may_take_in(&self) -> bool {
-        self.unsettled.len() < self.plan.window && self.intake() == Intake::Closed
+        let room = self
+            .unsettled
+            .len()
+            .max(self.unrecorded + self.journal.entries.len())
+            < self.plan.window;
+        room && self.intake() == Intake::Closed
             // Nothing that is in memory can be the probe, so it is the next message.
             || self.wants_probe()
     }

@@ -67,7 +67,9 @@ impl Executor {
 
     /// The message of the key is settled: the next may run.
     pub(super) fn release_key(&mut self, key: i32) {
-        let Some(successors) = self.keys.get_mut(&key) else { return };
+        let Some(successors) = self.keys.get_mut(&key) else {
+            return;
+        };
         successors.failing = false;
         if let Some(next) = successors.queue.pop_front() {
             match next.halted {
@@ -87,7 +89,9 @@ impl Executor {
     /// The head of the key has failed: when memory is short, what waits behind it is parked.
     pub(super) fn head_fails(&mut self, key: i32) {
         let may_park = self.may_park();
-        let Some(successors) = self.keys.get_mut(&key) else { return };
+        let Some(successors) = self.keys.get_mut(&key) else {
+            return;
+        };
         successors.failing = true;
         if may_park {
             for job in std::mem::take(&mut successors.queue) {
@@ -161,10 +165,16 @@ impl Executor {
         for held in rows {
             jobs.extend(self.stored_job(held));
         }
-        let Some(successors) = self.keys.get_mut(&key) else { return };
+        let Some(successors) = self.keys.get_mut(&key) else {
+            return;
+        };
         successors.loading = false;
         // Fewer than it asks for are all that are recorded, whatever the count says.
-        let gone = if (read as i64) < LOAD { read.max(loaded.parked) } else { read };
+        let gone = if (read as i64) < LOAD {
+            read.max(loaded.parked)
+        } else {
+            read
+        };
         successors.parked = successors.parked.saturating_sub(gone);
         for job in jobs {
             self.insert_successor(key, job);

@@ -32,6 +32,14 @@ pub(super) enum Afterwards {
     },
 }
 
+/// A report that is not yet recorded.
+pub(super) struct Recording {
+    number: u64,
+    /// How many its journal has.
+    messages: usize,
+    afterwards: Vec<Afterwards>,
+}
+
 impl Executor {
     /// Every 50 ms under load, at once when there is nothing more to do or somebody waits.
     pub(super) fn report(&mut self) {
@@ -53,18 +61,26 @@ impl Executor {
     }
 
     pub(super) fn put_report(&mut self) {
-        let Some(membership) = &self.membership else { return };
+        let Some(membership) = &self.membership else {
+            return;
+        };
         let progress = membership.progress.clone();
         let journal = std::mem::take(&mut self.journal);
+        let messages = journal.entries.len();
         let number = progress.put(self.snapshot(|_| true), journal);
-        if !self.afterwards.is_empty() {
-            let mut all = std::mem::take(&mut self.afterwards);
-            for afterwards in &mut all {
-                if let Afterwards::Load { key, parked } = afterwards {
+        if messages > 0 || !self.afterwards.is_empty() {
+            let mut afterwards = std::mem::take(&mut self.afterwards);
+            for each in &mut afterwards {
+                if let Afterwards::Load { key, parked } = each {
                     *parked = self.parked(*key);
                 }
             }
-            self.recording.push_back((number, all));
+            self.unrecorded += messages;
+            self.recording.push_back(Recording {
+                number,
+                messages,
+                afterwards,
+            });
         }
         self.dirty = false;
         self.urgent = false;
@@ -73,9 +89,16 @@ impl Executor {
 
     /// Reports up to this number are in the database.
     pub(super) fn recorded(&mut self, number: u64) {
-        while self.recording.front().is_some_and(|(of, _)| *of <= number) {
-            let Some((_, all)) = self.recording.pop_front() else { return };
-            for afterwards in all {
+        while self
+            .recording
+            .front()
+            .is_some_and(|report| report.number <= number)
+        {
+            let Some(report) = self.recording.pop_front() else {
+                return;
+            };
+            self.unrecorded -= report.messages;
+            for afterwards in report.afterwards {
                 self.carry_on(afterwards);
             }
         }
@@ -129,9 +152,7 @@ impl Executor {
             self.retries.len()
         };
         counters.retrying.store(retrying as u64, Ordering::Relaxed);
-        counters
-            .halted
-            .store(self.halted.len() as u64, Ordering::Relaxed);
+        counters.halted.store(self.halted.len() as u64, Ordering::Relaxed);
         counters.set_intake(self.intake());
     }
 

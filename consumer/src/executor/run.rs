@@ -15,7 +15,7 @@ use crate::breaker::Allowed;
 use crate::extract::Invocation;
 use crate::handler::{HandlerError, Order, Outcome};
 use crate::journal::Fate;
-use crate::progress::Counters;
+use crate::progress::{Counters, Intake};
 use crate::settlement::{self, Fence, Verdict};
 
 /// The wait before a transaction that could not begin is tried again.
@@ -29,11 +29,11 @@ impl Executor {
         {
             return;
         }
-        let Some(job) = self.job(record, offset, lane) else { return };
+        let Some(job) = self.job(record, offset, lane) else {
+            return;
+        };
         if let Some(job) = self.queue_behind_its_key(job) {
-            if self.running.len() >= self.plan.concurrency
-                || !self.ready.is_empty()
-                || self.breaker.is_open()
+            if self.running.len() >= self.plan.concurrency || !self.ready.is_empty() || self.breaker.is_open()
             {
                 self.unsettled.insert(offset, lane);
                 self.hold_key(&job);
@@ -88,11 +88,20 @@ impl Executor {
         }
         let mut budget = super::intake::INTAKE;
         while budget > 0 && self.has_room() && !self.breaker.is_open() {
-            let Some(job) = self.ready.pop_front() else { break };
+            let Some(job) = self.next_ready() else { break };
             self.start(job);
             budget -= 1;
         }
         budget < super::intake::INTAKE
+    }
+
+    /// When so many fail that no more may, only what failed already runs.
+    fn next_ready(&mut self) -> Option<Job> {
+        if self.intake() != Intake::Full {
+            return self.ready.pop_front();
+        }
+        let failed = self.ready.iter().position(|job| job.stored)?;
+        self.ready.remove(failed)
     }
 
     /// One message, to see whether the handler works again.

@@ -89,7 +89,9 @@ impl Executor {
         if self.trials.running.is_some() || self.stop_by.is_some() {
             return;
         }
-        let Some(mut job) = self.trials.queue.pop_front() else { return };
+        let Some(mut job) = self.trials.queue.pop_front() else {
+            return;
+        };
         let run = match self.run_of(&job) {
             Ok(run) => run,
             Err(verdict) => return self.concluded(job, verdict),
@@ -123,7 +125,9 @@ impl Executor {
     }
 
     pub(super) fn record_trial(&mut self, request: Request) {
-        let Some(epoch) = self.epoch(request.lane) else { return };
+        let Some(epoch) = self.epoch(request.lane) else {
+            return;
+        };
         self.unsettled.remove(&request.offset);
         self.failing.insert(request.offset, request.lane);
         self.journal.put(
@@ -159,11 +163,7 @@ impl Executor {
             if lane.crashes == 0 {
                 continue;
             }
-            let Some(stream) = self
-                .streams
-                .iter()
-                .find(|stream| stream.lanes.contains(number))
-            else {
+            let Some(stream) = self.streams.iter().find(|stream| stream.lanes.contains(number)) else {
                 continue;
             };
             let passed = stream.at_head || stream.next >= lane.suspect_below;

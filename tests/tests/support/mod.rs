@@ -202,9 +202,15 @@ pub async fn settled(pool: &PgPool, group: &str) {
             .await
             .map_err(|error| error.to_string())?;
         let status = postbox_dispatcher::status::read(pool).await.map_err(|error| error.to_string())?;
+        // What failed has a row of its own; one that waits for an operator would wait for ever.
+        let held: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.redelivery r JOIN postbox.subscription s ON s.id = r.subscription_id WHERE s.group_name = $1 AND r.state <> 'halted'")
+            .bind(group)
+            .fetch_one(pool)
+            .await
+            .map_err(|error| error.to_string())?;
         match status.subscriptions.iter().find(|s| s.group_name == group) {
-            Some(subscription) if subscription.lag == 0 && unsequenced == 0 => Ok(()),
-            Some(subscription) => Err(format!("{unsequenced} not sequenced, lag {}", subscription.lag)),
+            Some(subscription) if subscription.lag == 0 && unsequenced == 0 && held == 0 => Ok(()),
+            Some(subscription) => Err(format!("{unsequenced} not sequenced, lag {}, {held} held", subscription.lag)),
             None => Err("no such group".to_owned()),
         }
     })

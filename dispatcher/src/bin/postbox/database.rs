@@ -52,6 +52,11 @@ impl Database {
             .connect_lazy_with(options))
     }
 
+    /// For a process of its own on the same database. Only after it was [opened](Self::open).
+    pub(crate) fn url(&self) -> &str {
+        self.database_url.as_deref().unwrap_or_default()
+    }
+
     fn options(&self) -> PgConnectOptions {
         let url = self.database_url.as_deref().filter(|url| !url.is_empty()).unwrap_or_else(|| {
             wrong_usage("no database is named: set DATABASE_URL or give --database-url, for example postgres://user:password@localhost:5432/app")

@@ -1,11 +1,16 @@
-//! The `postbox` command: creates the schema, dispatches, looks, publishes, schedules and consumes.
+//! The `postbox` command: creates the schema, dispatches, looks, publishes, schedules, consumes and measures.
 
+mod bench;
 mod consume;
 mod cron;
 mod database;
+mod dead_letters;
+mod messages;
 mod migrate;
 mod output;
+mod progress;
 mod publish;
+mod rebase;
 mod run;
 mod scheduled;
 mod shutdown;
@@ -24,7 +29,8 @@ use crate::database::Database;
 /// Postbox: a transactional outbox and messaging on PostgreSQL
 ///
 /// The database is named by DATABASE_URL or --database-url. Data goes to standard output, everything else to standard error; RUST_LOG
-/// chooses what is logged (for example RUST_LOG=postbox_consumer=info). Exit codes: 0 done, 1 failed, 2 wrong usage.
+/// chooses what is logged (for example RUST_LOG=postbox_consumer=info). Exit codes: 0 done, 1 failed, 2 wrong usage, 3 something would be done
+/// and was not (a preview without --yes), 130 interrupted before all was done.
 #[derive(Debug, Parser)]
 #[command(name = "postbox", version)]
 struct Cli {
@@ -43,7 +49,14 @@ enum Command {
     Consume(consume::Args),
     Scheduled(scheduled::Args),
     Cron(cron::Args),
+    Messages(messages::Args),
+    DeadLetters(dead_letters::Args),
+    Rebase(rebase::Args),
+    Bench(Box<bench::Args>),
 }
+
+/// Exit status of a command that only said what it would do.
+const ONLY_A_PREVIEW: u8 = 3;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -52,17 +65,22 @@ async fn main() -> ExitCode {
         Command::Run(_) => "info,sqlx::postgres::notice=warn",
         _ => "warn,sqlx=error",
     });
+    let done = |result: anyhow::Result<()>| result.map(|()| ExitCode::SUCCESS);
     let result = match command {
-        Command::Migrate(args) => migrate::run(&database, args).await,
-        Command::Run(args) => run::run(&database, args).await,
-        Command::Status(args) => status::run(&database, args).await,
-        Command::Publish(args) => publish::run(&database, args).await,
-        Command::Consume(args) => consume::run(&database, args).await,
-        Command::Scheduled(args) => scheduled::run(&database, args).await,
-        Command::Cron(args) => cron::run(&database, args).await,
+        Command::Migrate(args) => done(migrate::run(&database, args).await),
+        Command::Run(args) => done(run::run(&database, args).await),
+        Command::Status(args) => done(status::run(&database, args).await),
+        Command::Publish(args) => done(publish::run(&database, args).await),
+        Command::Consume(args) => done(consume::run(&database, args).await),
+        Command::Scheduled(args) => done(scheduled::run(&database, args).await),
+        Command::Cron(args) => done(cron::run(&database, args).await),
+        Command::Messages(args) => messages::run(&database, args).await,
+        Command::DeadLetters(args) => dead_letters::run(&database, args).await,
+        Command::Rebase(args) => rebase::run(&database, args).await,
+        Command::Bench(args) => done(bench::run(&database, *args).await),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             output::print_error(&error);
             ExitCode::FAILURE

@@ -36,6 +36,11 @@ pub(crate) fn warn(message: &str) {
     to_stderr(&format_args!("warning: {message}"));
 }
 
+/// What is worth knowing beside the data.
+pub(crate) fn note(message: &str) {
+    to_stderr(&message);
+}
+
 fn to_stderr(line: &impl Display) {
     // There is nowhere left to tell that it cannot be told.
     let _ = writeln!(std::io::stderr(), "{line}");

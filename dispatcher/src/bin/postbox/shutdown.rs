@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// As a shell reports a program that SIGINT ended.
-const INTERRUPTED: i32 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 
 /// Signals so close together are one: `timeout` and terminals tell the process and its group.
 const ONE_SIGNAL: Duration = Duration::from_millis(500);
@@ -26,7 +26,7 @@ pub(crate) fn on_signal() -> anyhow::Result<CancellationToken> {
                 _ = terminate.recv() => {}
             }
             if first.get_or_insert_with(Instant::now).elapsed() > ONE_SIGNAL {
-                std::process::exit(INTERRUPTED);
+                std::process::exit(INTERRUPTED.into());
             }
             stop.cancel();
         }

@@ -11,7 +11,10 @@ use crate::table::Table;
 ///
 /// Topics: the earliest retained offset and the offset that the next message gets. Subscriptions: lanes are the parts into which the keys
 /// are divided, owned by live consumers of all there are; the position is the least offset that is not settled; the lag is the number of
-/// messages from there on, an upper bound of those not settled. Consumers: a dead one is shown for a day.
+/// messages from there on, an upper bound of those not settled. Retrying: failed messages that wait for their next attempt; parked: messages
+/// behind a failed one of their key; halted: exhausted messages whose keys wait for an operator; dead: dead letters, halted ones among them
+/// (postbox dead-letters). Breaker: open (messages fail broadly, so intake stopped and probes go on), full (as many failed messages wait as
+/// may), closed (all is well). Consumers: a dead one is shown for a day.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Print one JSON object: schema_version, dispatchers, last_tick_at, topics, subscriptions, consumers
@@ -65,7 +68,10 @@ fn topics(topics: &[TopicStatus]) -> Table {
 }
 
 fn subscriptions(subscriptions: &[SubscriptionStatus]) -> Table {
-    let heads = ["group", "topic", "order", "lanes", "position", "next", "lag"];
+    let heads = [
+        "group", "topic", "order", "lanes", "position", "next", "lag", "retrying", "parked", "halted",
+        "dead", "breaker",
+    ];
     let mut table = Table::new("Subscriptions", &heads);
     for subscription in subscriptions {
         table.row([
@@ -76,6 +82,11 @@ fn subscriptions(subscriptions: &[SubscriptionStatus]) -> Table {
             subscription.position.into(),
             subscription.next_offset.into(),
             subscription.lag.into(),
+            subscription.retrying.into(),
+            subscription.parked.into(),
+            subscription.halted.into(),
+            subscription.dead.into(),
+            subscription.breaker.as_deref().unwrap_or("-").into(),
         ]);
     }
     table

@@ -74,6 +74,11 @@ impl fmt::Display for Table {
     }
 }
 
+/// `1 message`, `2 messages`.
+pub(crate) fn counted(number: i64, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
+}
+
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -30,6 +30,20 @@ async fn backoff_duration(_tx: Tx) {}
 #[handler(group = "search", retry(backoff = "linear(2m, 1m)"))]
 async fn backoff_cap(_tx: Tx) {}
 
+#[handler(group = "search", retry(max_attempts = 0))]
+async fn max_attempts(_tx: Tx) {}
+
+#[handler(group = "search", retry(max_age = "1 day"))]
+async fn max_age(_tx: Tx) {}
+
+#[handler(group = "search", retry(exhausted = "stop"))]
+async fn exhausted(_tx: Tx) {}
+
+#[handler(group = "search", retry(attempts = 3))]
+async fn retry_option(_tx: Tx) {}
+
+#[handler(group = "search", retry)]
+async fn retry_alone(_tx: Tx) {}
 
 #[handler(group = "search", order = "keys")]
 async fn order(_tx: Tx) {}
@@ -42,6 +56,12 @@ async fn broadcast(_tx: Tx) {}
 
 #[handler(group = "search", concurrency = 0)]
 async fn concurrency(_tx: Tx) {}
+
+#[handler(group = "search", on_dead_letter = "tell")]
+async fn on_dead_letter(_tx: Tx) {}
+
+#[handler(broadcast, on_dead_letter = tell)]
+async fn dead_letters_of_a_broadcast(_tx: Tx) {}
 
 #[handler(group = "search", lanes = "8")]
 async fn lanes(_tx: Tx) {}

@@ -3,7 +3,7 @@
 #![deny(warnings)]
 
 use postbox::Message;
-use postbox_consumer::{Delivery, HandlerDefinition, HandlerError, State, Tx, handler, handlers};
+use postbox_consumer::{DeadLetter, Delivery, HandlerDefinition, HandlerError, State, Tx, handler, handlers};
 use serde::{Deserialize, Serialize};
 
 #[derive(Serialize, Deserialize, Message)]
@@ -59,6 +59,30 @@ async fn rebuild(_order: OrderPlaced) {}
 #[handler(group = "ticks", topic = "ticks", type = "tick", retry(backoff = "fixed(5s)"))]
 async fn tick() {}
 
+mod support {
+    use super::DeadLetter;
+
+    pub async fn tell(letter: DeadLetter) {
+        drop(letter);
+    }
+}
+
+async fn log(letter: DeadLetter) -> std::io::Result<()> {
+    std::fs::write("/dev/null", letter.payload)
+}
+
+const ATTEMPTS: u32 = 3;
+
+#[handler(
+    group = "halting",
+    retry(max_attempts = 8, max_age = "1d", backoff = "exponential(1s, 10m)", exhausted = "halt"),
+    on_dead_letter = support::tell
+)]
+async fn halting(_order: OrderPlaced) {}
+
+#[handler(broadcast = "durable", retry(max_attempts = ATTEMPTS, exhausted = "skip"), on_dead_letter = log)]
+async fn skipping(_order: OrderPlaced) {}
+
 #[cfg(any())]
 #[handler(group = "never")]
 async fn conditional_above() {}
@@ -67,13 +91,21 @@ async fn conditional_above() {}
 #[cfg(any())]
 async fn conditional_below() {}
 
-fn main() {
+pub fn main() {
     #[handler(group = "local", retry(backoff = "linear(1s, 1m)"))]
     async fn local(_order: OrderPlaced) {}
 
-    let definitions: Vec<HandlerDefinition> =
-        handlers![reserve_stock, mail::send_receipt, refresh, rebuild, tick, local,];
-    assert_eq!(definitions.len(), 6);
+    let definitions: Vec<HandlerDefinition> = handlers![
+        reserve_stock,
+        mail::send_receipt,
+        refresh,
+        rebuild,
+        tick,
+        halting,
+        skipping,
+        local,
+    ];
+    assert_eq!(definitions.len(), 8);
     assert!(handlers![].is_empty());
     // The function is still one.
     drop(refresh(OrderPlaced { order_id: 1 }));

@@ -69,7 +69,7 @@ fn round_trip(order: Order, message_type: &str, key: Option<&str>, payload: &str
     assert_eq!(Order::decode(message_type, payload.as_bytes()).unwrap(), order);
 }
 
-fn main() {
+pub fn main() {
     assert_eq!(Order::TOPIC, "orders");
     assert_eq!(
         Order::TYPES,

@@ -91,7 +91,7 @@ fn key(message: &impl Message) -> Option<String> {
     message.key().map(|key| key.into_owned())
 }
 
-fn main() {
+pub fn main() {
     let placed = OrderPlaced {
         order_id: 42,
         total_cents: 990,

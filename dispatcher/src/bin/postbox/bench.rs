@@ -1,0 +1,195 @@
+//! `postbox bench`
+
+mod backlog;
+mod fanout;
+mod floor;
+mod ground;
+mod held_xmin;
+mod idle;
+mod latency;
+mod load;
+mod message;
+mod process;
+mod progress;
+mod publish;
+mod report;
+mod rounds;
+mod sink;
+mod throughput;
+mod tx;
+mod worker;
+
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::Subcommand;
+
+use self::ground::Ground;
+use self::report::Report;
+use crate::database::Database;
+use crate::output::Output;
+use crate::shutdown;
+
+/// Measure Postbox on your own database, beside what PostgreSQL itself charges
+///
+/// Every figure has its floor from the same run: rounds of both take turns, and a ratio is the median of the rounds' ratios. Every message is
+/// counted on the other side; if one is missing, the bench fails.
+///
+/// It needs the schema (`postbox migrate`). Its tables are in a schema of their own, postbox_bench; its topics and groups begin with
+/// postbox.bench. All of them are removed at the end, also on Ctrl-C; only the published messages stay, in the ring, until their slots are truncated.
+/// Other topics are left alone, but it takes all the server's time while it runs. Where no dispatcher is connected, it runs one.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// A transaction with a message, against the same with a plain insert, and with neither
+    Publish,
+    /// Batches from publish to handler, against a plain insert and a range read by cursor
+    Throughput,
+    /// Many groups on one topic, in one process and in several
+    Fanout(fanout::Args),
+    /// From commit to handler, with the dispatcher in the process and beside it
+    Latency(latency::Args),
+    /// Handlers that share their transaction with the acknowledgement, against bare transactions
+    Tx,
+    /// What a dispatcher and a consumer cost while nothing happens
+    Idle,
+    /// Publishing and draining with many messages pending, against few
+    Backlog(backlog::Args),
+    /// Throughput and latency while another session holds the xmin horizon: the last ten seconds against the first
+    HeldXmin,
+    /// All of them, one after another
+    All,
+    /// A consumer that counts; what benches start as processes of their own
+    #[command(hide = true)]
+    Worker(worker::Args),
+}
+
+/// What all benches have in common.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Settings {
+    /// Print one JSON object a line: bench, verified, postgres, cores, settings, and the figures
+    #[arg(long, global = true)]
+    json: bool,
+    /// Measure the textbook outbox too: insert, select for update skip locked, delete (publish and throughput)
+    #[arg(long, global = true)]
+    compare: bool,
+    /// How long one measurement takes [default: 1 a round; latency 10, idle 30, held-xmin 60]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    seconds: Option<u64>,
+    /// Rounds of measurements that take turns [default: 9]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: Option<u16>,
+    /// Clients that publish at once
+    #[arg(long, global = true, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=200))]
+    clients: u16,
+}
+
+impl Settings {
+    fn span(&self, default: u64) -> Duration {
+        Duration::from_secs(self.seconds.unwrap_or(default))
+    }
+
+    fn rounds(&self) -> usize {
+        usize::from(self.rounds.unwrap_or(9))
+    }
+
+    fn clients(&self) -> usize {
+        usize::from(self.clients)
+    }
+}
+
+pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
+    let stop = shutdown::on_signal()?;
+    if let Bench::Worker(worker) = &args.bench {
+        return worker::run(database, worker).await;
+    }
+    let mut ground = Ground::prepare(database, args.settings.clone()).await?;
+    let result = tokio::select! {
+        result = args.bench.run(&mut ground) => result,
+        () = stop.cancelled() => Err(anyhow::anyhow!("interrupted")),
+    };
+    ground.clean().await?;
+    result
+}
+
+impl Bench {
+    async fn run(&self, ground: &mut Ground) -> anyhow::Result<()> {
+        let mut failed = false;
+        let all = Self::everything();
+        let benches = match self {
+            Bench::All => all.as_slice(),
+            one => std::slice::from_ref(one),
+        };
+        for bench in benches {
+            let reports = match Box::pin(bench.measure(ground)).await {
+                Ok(reports) => reports,
+                // It is reported as every figure is, so that scripts see which one it was.
+                Err(error) => {
+                    failed = true;
+                    vec![Report::failed(bench.name(), &error)]
+                }
+            };
+            ground.progress.done();
+            let mut output = Output::default();
+            for report in reports {
+                if ground.settings.json {
+                    output.line(&report.json(ground)?)?;
+                } else {
+                    output.line(&format_args!("{}\n", report.table()))?;
+                }
+            }
+        }
+        if failed {
+            bail!("not every bench could be verified");
+        }
+        Ok(())
+    }
+
+    fn everything() -> [Bench; 8] {
+        [
+            Bench::Publish,
+            Bench::Throughput,
+            Bench::Fanout(fanout::Args::default()),
+            Bench::Latency(latency::Args::default()),
+            Bench::Tx,
+            Bench::Idle,
+            Bench::Backlog(backlog::Args::default()),
+            Bench::HeldXmin,
+        ]
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Bench::Publish => "publish",
+            Bench::Throughput => "throughput",
+            Bench::Fanout(_) => "fanout",
+            Bench::Latency(_) => "latency",
+            Bench::Tx => "tx",
+            Bench::Idle => "idle",
+            Bench::Backlog(_) => "backlog",
+            Bench::HeldXmin => "held-xmin",
+            Bench::All | Bench::Worker(_) => "all",
+        }
+    }
+
+    async fn measure(&self, ground: &mut Ground) -> anyhow::Result<Vec<Report>> {
+        match self {
+            Bench::Publish => publish::measure(ground).await,
+            Bench::Throughput => throughput::measure(ground).await,
+            Bench::Fanout(args) => fanout::measure(ground, args).await,
+            Bench::Latency(args) => latency::measure(ground, args).await,
+            Bench::Tx => tx::measure(ground).await,
+            Bench::Idle => idle::measure(ground).await,
+            Bench::Backlog(args) => backlog::measure(ground, args).await,
+            Bench::HeldXmin => held_xmin::measure(ground).await,
+            Bench::All | Bench::Worker(_) => Ok(Vec::new()),
+        }
+    }
+}

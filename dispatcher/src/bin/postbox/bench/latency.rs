@@ -1,0 +1,194 @@
+//! From the return of the commit to the start of the handler, at a steady rate.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use postbox::Publish;
+use postbox_consumer::{Consumer, Extract, HandlerDefinition, HandlerError, Raw};
+
+use super::floor;
+use super::ground::Ground;
+use super::message::{number, numbered};
+use super::process::Process;
+use super::report::Report;
+use super::rounds::quantile;
+use super::sink::LANES;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Messages a second; may be given again
+    #[arg(long = "rate", value_name = "N", default_values_t = Self::default().rates, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    rates: Vec<u32>,
+}
+
+impl Default for Args {
+    fn default() -> Self {
+        Self {
+            rates: vec![100, 5_000],
+        }
+    }
+}
+
+/// A client can do about so many transactions a second.
+const A_CLIENT: u32 = 700;
+
+/// Before it counts: plans are made, caches filled, and the dispatcher has found its pace.
+const WARM_UP: Duration = Duration::from_secs(1);
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<Vec<Report>> {
+    let span = ground.settings.span(10);
+    ground.progress.begin("latency", 2 * args.rates.len() + 1);
+    let floor = floor::notify_round_trip(ground, 300).await?;
+    ground.progress.step("the floor");
+    let mut reports = Vec::new();
+    for place in ["embedded", "sidecar"] {
+        let sidecar = if place == "sidecar" {
+            ground.dispatch_elsewhere().await;
+            Some(Process::dispatcher(ground).await?)
+        } else {
+            None
+        };
+        for rate in &args.rates {
+            let flow = flow(ground, *rate, span).await?;
+            ground.progress.step(place);
+            reports.push(
+                Report::verified("latency")
+                    .with("rate", *rate)
+                    .with("dispatcher", place)
+                    .with("messages", flow.len())
+                    .figure("p50_ms", flow.quantile_ms(0.5))
+                    .figure("p99_ms", flow.quantile_ms(0.99))
+                    .figure("max_ms", flow.quantile_ms(1.0))
+                    .figure("notify_round_trip_p50_ms", floor),
+            );
+        }
+        if let Some(sidecar) = sidecar {
+            sidecar.stop().await?;
+        }
+    }
+    ground.dispatch_here().await?;
+    Ok(reports)
+}
+
+/// What became of a steady flow of messages.
+pub(crate) struct Flow {
+    /// When each was due to be published, and how long it took from commit to handler, in seconds.
+    pub(crate) messages: Vec<(f64, f64)>,
+    /// When each was handled.
+    pub(crate) handled: Vec<f64>,
+}
+
+impl Flow {
+    fn len(&self) -> usize {
+        self.messages.len()
+    }
+
+    fn quantile_ms(&self, q: f64) -> f64 {
+        quantile(self.messages.iter().map(|(_, took)| took * 1000.0).collect(), q)
+    }
+}
+
+/// Moments in nanoseconds from the start; 0: not yet.
+struct Moments {
+    start: Instant,
+    committed: Vec<AtomicU64>,
+    handled: Vec<AtomicU64>,
+    count: AtomicUsize,
+}
+
+impl Moments {
+    fn now(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
+    }
+}
+
+/// Publishes at a rate, one message a transaction, and handles them in this process. The warm-up is left out of what is returned.
+pub(crate) async fn flow(ground: &Ground, rate: u32, span: Duration) -> anyhow::Result<Flow> {
+    let topic = ground.topic("latency");
+    let total = ((span + WARM_UP).as_secs_f64() * f64::from(rate)) as usize;
+    let zeros = || (0..total).map(|_| AtomicU64::new(0)).collect();
+    let moments = Arc::new(Moments {
+        start: Instant::now(),
+        committed: zeros(),
+        handled: zeros(),
+        count: AtomicUsize::new(0),
+    });
+    let handler = {
+        let moments = moments.clone();
+        HandlerDefinition::new("bench")
+            .group(ground.group(0))
+            .topic(topic.clone())
+            .call(move |mut invocation| {
+                let (moments, now) = (moments.clone(), moments.now());
+                Box::pin(async move {
+                    let raw = Raw::extract(&mut invocation).await?;
+                    let slot = number(&raw.payload).and_then(|n| moments.handled.get(n));
+                    let slot = slot.ok_or_else(|| HandlerError::discard("it is none of the bench's"))?;
+                    if slot.swap(now, Ordering::Relaxed) == 0 {
+                        moments.count.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Ok(())
+                })
+            })
+    };
+    let consumer = Consumer::new(ground.consumer_pool(1))
+        .name("postbox-bench")
+        .handlers([handler])
+        .start()
+        .await?;
+    ground.lanes_owned(&topic, LANES).await?;
+
+    let clients = rate.div_ceil(A_CLIENT) as usize;
+    let begin = moments.now();
+    let mut publishers = Vec::new();
+    for client in 0..clients {
+        let mut connection = ground.pool.acquire().await?;
+        let (moments, topic) = (moments.clone(), topic.clone());
+        publishers.push(tokio::spawn(async move {
+            for n in (client..total).step_by(clients) {
+                let due = begin + (n as u64 * 1_000_000_000) / u64::from(rate);
+                tokio::time::sleep_until((moments.start + Duration::from_nanos(due)).into()).await;
+                let mut tx = sqlx::Connection::begin(&mut *connection).await?;
+                tx.publish(numbered(&topic, n as u64)).await?;
+                tx.commit().await?;
+                moments.committed[n].store(moments.now(), Ordering::Relaxed);
+            }
+            anyhow::Ok(())
+        }));
+    }
+    for publisher in publishers {
+        publisher.await.context("a client ended")??;
+    }
+    let published = Instant::now();
+    while moments.count.load(Ordering::Relaxed) < total {
+        ensure!(
+            published.elapsed() < PATIENCE,
+            "{} of {total} messages came",
+            moments.count.load(Ordering::Relaxed)
+        );
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    consumer.shutdown().await?;
+
+    let seconds = |nanos: u64| nanos as f64 / 1e9;
+    let warm = (WARM_UP.as_secs_f64() * f64::from(rate)) as usize;
+    let read = |moments: &[AtomicU64], n: usize| moments[n].load(Ordering::Relaxed);
+    Ok(Flow {
+        messages: (warm..total)
+            .map(|n| {
+                let took = read(&moments.handled, n).saturating_sub(read(&moments.committed, n));
+                (n.saturating_sub(warm) as f64 / f64::from(rate), seconds(took))
+            })
+            .collect(),
+        handled: (warm..total)
+            .map(|n| {
+                let after_start = read(&moments.handled, n).saturating_sub(begin);
+                seconds(after_start) - WARM_UP.as_secs_f64()
+            })
+            .collect(),
+    })
+}

@@ -1,0 +1,88 @@
+//! A consumer in this process that counts what it handles.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use postbox_consumer::{Consumer, ConsumerHandle, HandlerDefinition};
+use sqlx::PgPool;
+
+/// As subscriptions have by default.
+pub(crate) const LANES: i64 = 32;
+
+/// After so long without a message none will come any more.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) struct Sink {
+    /// For each group.
+    counters: Vec<Arc<AtomicU64>>,
+    consumer: ConsumerHandle,
+}
+
+impl Sink {
+    /// Groups with a handler that does nothing, from the first message of the topic on.
+    pub(crate) async fn start(pool: PgPool, topic: &str, groups: &[String]) -> anyhow::Result<Self> {
+        let counters: Vec<_> = groups.iter().map(|_| Arc::new(AtomicU64::new(0))).collect();
+        let handlers = groups.iter().zip(&counters).map(|(group, counter)| {
+            let counter = counter.clone();
+            HandlerDefinition::new("bench")
+                .group(group.clone())
+                .topic(topic.to_owned())
+                .call(move |_| {
+                    counter.fetch_add(1, Ordering::Relaxed);
+                    Box::pin(std::future::ready(Ok(())))
+                })
+        });
+        let consumer = Consumer::new(pool)
+            .name("postbox-bench")
+            .handlers(handlers)
+            .start()
+            .await?;
+        Ok(Self { counters, consumer })
+    }
+
+    /// By all groups together.
+    pub(crate) fn handled(&self) -> u64 {
+        self.counters
+            .iter()
+            .map(|counter| counter.load(Ordering::Relaxed))
+            .sum()
+    }
+
+    /// Until every group has handled exactly so many, counted from the start; returns when the first came after this was called, and the last.
+    pub(crate) async fn each_handled(&self, messages: u64) -> anyhow::Result<(Instant, Instant)> {
+        let expected = messages * self.counters.len() as u64;
+        let before = self.handled();
+        let mut first = None;
+        let mut last = (before, Instant::now());
+        loop {
+            let handled = self.handled();
+            if handled > last.0 {
+                first.get_or_insert_with(Instant::now);
+                last = (handled, Instant::now());
+            }
+            if handled >= expected {
+                break;
+            }
+            ensure!(
+                last.1.elapsed() < PATIENCE,
+                "{handled} of {expected} deliveries came, and none for {} s",
+                PATIENCE.as_secs()
+            );
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        for counter in &self.counters {
+            let handled = counter.load(Ordering::Relaxed);
+            ensure!(
+                handled == messages,
+                "a group handled {handled} messages of {messages}"
+            );
+        }
+        Ok((first.unwrap_or(last.1), last.1))
+    }
+
+    pub(crate) async fn stop(self) -> anyhow::Result<()> {
+        Ok(self.consumer.shutdown().await?)
+    }
+}

@@ -1,0 +1,139 @@
+//! Handlers that share their transaction with the acknowledgement, against bare transactions with the handler's own write.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use postbox_consumer::{Consumer, Extract, HandlerDefinition, HandlerError, Tx};
+use sqlx::Connection;
+
+use super::fanout;
+use super::ground::Ground;
+use super::report::Report;
+use super::rounds::Rounds;
+use super::sink::LANES;
+
+const EFFECT: &str = "INSERT INTO postbox_bench.effect VALUES ($1, 'handled')";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) async fn measure(ground: &mut Ground) -> anyhow::Result<Vec<Report>> {
+    let topic = ground.topic("tx");
+    let (rounds, clients) = (ground.settings.rounds(), ground.settings.clients());
+    ground.progress.begin("tx", 2 * rounds);
+    let handled = Arc::new(AtomicU64::new(0));
+    let handler = {
+        let handled = handled.clone();
+        HandlerDefinition::new("bench")
+            .group(ground.group(0))
+            .topic(topic.clone())
+            .concurrency(clients)
+            .argument::<Tx>()
+            .call(move |mut invocation| {
+                let handled = handled.clone();
+                Box::pin(async move {
+                    let mut tx = Tx::extract(&mut invocation).await?;
+                    let n = handled.fetch_add(1, Ordering::Relaxed);
+                    sqlx::query(EFFECT)
+                        .bind(n as i64)
+                        .execute(&mut *tx)
+                        .await
+                        .map_err(HandlerError::retry)?;
+                    Ok(())
+                })
+            })
+    };
+    let consumer = Consumer::new(ground.consumer_pool(clients as u32 + 2))
+        .name("postbox-bench")
+        .handlers([handler])
+        .start()
+        .await?;
+    ground.lanes_owned(&topic, LANES).await?;
+    // As many as bare transactions fit in the time.
+    let first = bare(ground, clients, ground.settings.span(1), u64::MAX).await?;
+    let messages = ((first * ground.settings.span(1).as_secs_f64()) as u64).max(1);
+    let mut rates = Rounds::<2>::new();
+    let mut published = 0;
+    for _ in 0..rounds {
+        fanout::publish(ground, &topic, messages).await?;
+        published += messages;
+        let of_messages = until_handled(&handled, published - messages, published).await?;
+        ground.progress.step("handlers");
+        let of_bare = bare(ground, clients, Duration::MAX, messages).await?;
+        ground.progress.step("bare transactions");
+        rates.add([of_messages, of_bare]);
+    }
+    consumer.shutdown().await?;
+    let settled: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM postbox.settlement t JOIN postbox.subscription s ON s.id = t.subscription_id WHERE s.topic = $1",
+    )
+    .bind(&topic)
+    .fetch_one(&ground.pool)
+    .await?;
+    ensure!(
+        settled == published as i64,
+        "{settled} of {published} messages were settled in their transactions"
+    );
+    Ok(vec![
+        Report::verified("tx")
+            .with("messages", published)
+            .figure("messages_per_s", rates.median(0))
+            .figure("bare_transactions_per_s", rates.median(1))
+            .figure("ratio_to_bare_transactions", rates.ratio(0, 1))
+            .figure_if("batched_messages_per_s", None),
+    ])
+}
+
+/// The rate from the first to the last run. Those that are last to begin are not committed yet: that is as many as there are clients.
+async fn until_handled(handled: &AtomicU64, before: u64, expected: u64) -> anyhow::Result<f64> {
+    let published = Instant::now();
+    let mut begun = None;
+    while handled.load(Ordering::Relaxed) < expected {
+        if begun.is_none() && handled.load(Ordering::Relaxed) > before {
+            begun = Some(Instant::now());
+        }
+        ensure!(
+            published.elapsed() < PATIENCE,
+            "{} of {expected} messages came",
+            handled.load(Ordering::Relaxed)
+        );
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let took = begun.unwrap_or(published).elapsed();
+    Ok((expected - before) as f64 / took.as_secs_f64())
+}
+
+/// So many transactions, or for so long.
+async fn bare(ground: &Ground, clients: usize, span: Duration, transactions: u64) -> anyhow::Result<f64> {
+    let mut connections = Vec::new();
+    for _ in 0..clients {
+        connections.push(ground.pool.acquire().await?);
+    }
+    let begun = Instant::now();
+    let next = Arc::new(AtomicU64::new(0));
+    let tasks: Vec<_> = connections
+        .into_iter()
+        .map(|mut connection| {
+            let next = next.clone();
+            tokio::spawn(async move {
+                let mut count = 0_u64;
+                while begun.elapsed() < span {
+                    let n = next.fetch_add(1, Ordering::Relaxed);
+                    if n >= transactions {
+                        break;
+                    }
+                    let mut tx = connection.begin().await?;
+                    sqlx::query(EFFECT).bind(-1 - n as i64).execute(&mut *tx).await?;
+                    tx.commit().await?;
+                    count += 1;
+                }
+                anyhow::Ok(count)
+            })
+        })
+        .collect();
+    let mut count = 0;
+    for task in tasks {
+        count += task.await.context("a client ended")??;
+    }
+    Ok(count as f64 / begun.elapsed().as_secs_f64())
+}
