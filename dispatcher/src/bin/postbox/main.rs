@@ -73,7 +73,7 @@ async fn main() -> ExitCode {
         Command::Publish(args) => done(publish::run(&database, args).await),
         Command::Consume(args) => done(consume::run(&database, args).await),
         Command::Scheduled(args) => done(scheduled::run(&database, args).await),
-        Command::Cron(args) => done(cron::run(&database, args).await),
+        Command::Cron(args) => cron::run(&database, args).await,
         Command::Messages(args) => messages::run(&database, args).await,
         Command::DeadLetters(args) => dead_letters::run(&database, args).await,
         Command::Rebase(args) => rebase::run(&database, args).await,
