@@ -1,5 +1,6 @@
 //! `postbox cron`
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
@@ -10,7 +11,7 @@ use postbox::cron::{self, Cron, Missed, Registered, Schedule};
 use crate::database::Database;
 use crate::output::{Output, in_one_line};
 use crate::table::Table;
-use crate::{name, span, wrong_usage};
+use crate::{ONLY_A_PREVIEW, name, span, wrong_usage};
 
 /// Add, list, pause and remove recurring messages, and see when they are due
 ///
@@ -46,7 +47,7 @@ enum Command {
     Remove {
         #[arg(value_parser = name)]
         name: String,
-        /// Without it nothing is removed, only shown
+        /// Without it nothing is removed, only shown, and the exit code is 3
         #[arg(long)]
         yes: bool,
     },
@@ -104,8 +105,9 @@ struct Add {
     expires_in: Option<Duration>,
 }
 
-pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
+pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
+        Command::Remove { name, yes: false } => return preview_removal(database, &name).await,
         Command::Add(add) => add.run(database).await,
         Command::List { json } => list(database, json).await,
         Command::Pause { name } => {
@@ -116,7 +118,10 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
             let resumed = cron::resume(&mut *database.open(1).await?.acquire().await?, &name).await?;
             told(resumed, &name, "resumed")
         }
-        Command::Remove { name, yes } => remove(database, &name, yes).await,
+        Command::Remove { name, yes: true } => {
+            let removed = cron::remove(&mut *database.open(1).await?.acquire().await?, &name).await?;
+            told(removed, &name, "removed")
+        }
         Command::Next {
             name,
             schedule,
@@ -134,7 +139,8 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
             };
             next(&schedule, count, json)
         }
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn parse(expression: &str, time_zone: &str) -> Schedule {
@@ -207,19 +213,16 @@ async fn find(database: &Database, name: &str) -> anyhow::Result<Registered> {
         .with_context(|| format!("there is no schedule {name:?}: see `postbox cron list`"))
 }
 
-async fn remove(database: &Database, name: &str, yes: bool) -> anyhow::Result<()> {
-    if !yes {
-        let found = find(database, name).await?;
-        return Err(anyhow!(
-            "{name} ({:?} in {}, topic {}, next {}) would be removed: give --yes to remove it",
-            found.schedule,
-            found.time_zone,
-            found.topic,
-            at(found.next_at)
-        ));
-    }
-    let removed = cron::remove(&mut *database.open(1).await?.acquire().await?, name).await?;
-    told(removed, name, "removed")
+async fn preview_removal(database: &Database, name: &str) -> anyhow::Result<ExitCode> {
+    let found = find(database, name).await?;
+    Output::default().line(&format_args!(
+        "{name} ({:?} in {}, topic {}, next {}) would be removed: give --yes to remove it",
+        found.schedule,
+        found.time_zone,
+        found.topic,
+        at(found.next_at)
+    ))?;
+    Ok(ExitCode::from(ONLY_A_PREVIEW))
 }
 
 fn told(done: bool, name: &str, what: &str) -> anyhow::Result<()> {

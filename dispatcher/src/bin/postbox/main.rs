@@ -84,7 +84,7 @@ async fn main() -> ExitCode {
         Command::Rebase(args) => rebase::run(&database, args).await,
         Command::Bench(args) => done(bench::run(&database, *args).await),
         Command::Scheduled(args) => done(scheduled::run(&database, args).await),
-        Command::Cron(args) => done(cron::run(&database, args).await),
+        Command::Cron(args) => cron::run(&database, args).await,
     };
     match result {
         Ok(code) => code,
