@@ -261,6 +261,7 @@ async fn a_transaction_older_than_its_slot_is_delivered_in_causal_order() {
     assert!(late > number(pool, &offset_of(&nth(7))).await);
     assert!(late < number(pool, &offset_of(&nth(8))).await);
     // It is as young as when it was sequenced.
+    assert_eq!(outcome(&turned(pool).await, slot).await, "carried");
     assert_eq!(outcome(&turned(pool).await, slot).await, "young");
 }
 

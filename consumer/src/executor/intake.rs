@@ -30,6 +30,8 @@ pub(super) struct Stream {
 /// A read that is under way.
 pub(super) struct Reading {
     from: i64,
+    /// The head that was known when it began.
+    head: i64,
     pub(super) result: BoxFuture<'static, Result<Option<Arc<Block>>, Arc<postbox::Error>>>,
     /// A failed read waits before the next.
     failures: u32,
@@ -62,16 +64,20 @@ impl Executor {
                 log.read(from).await
             }
         };
-        self.head.mark_unchanged();
+        let head = *self.head.borrow_and_update();
         self.reading = Some(Reading {
             from,
+            head,
             result: result.boxed(),
             failures,
         });
     }
 
     pub(super) fn read_done(&mut self, result: Result<Option<Arc<Block>>, Arc<postbox::Error>>) {
-        let Some(Reading { from, failures, .. }) = self.reading.take() else {
+        let Some(Reading {
+            from, head, failures, ..
+        }) = self.reading.take()
+        else {
             return;
         };
         match result {
@@ -96,9 +102,11 @@ impl Executor {
                 stream.block = Some(block);
             }
             Ok(None) => {
+                // A head that was known before the read and is not there was lost in a crash. One that came meanwhile may be newer than what
+                // the read saw, and nobody tells of it again.
+                let at_head = *self.head.borrow() == head;
                 for stream in self.streams.iter_mut().filter(|stream| stream.next == from) {
-                    // A head that was known before the read and is not there was lost in a crash; a newer one wakes.
-                    stream.at_head = true;
+                    stream.at_head = at_head;
                     debug!(topic = %self.plan.topic, next = stream.next, "at the head");
                 }
                 // Lanes with crashes behind them may have got past them.
