@@ -151,6 +151,9 @@ BEGIN
     SELECT count(*) INTO freed_lanes FROM freed;
     DELETE FROM postbox.consumer c WHERE NOT postbox.is_live(c.id);
 
+    -- So that the timers find them once more, and not at every look.
+    UPDATE postbox.scheduled SET xid = pg_current_xact_id();
+
     INSERT INTO postbox.cluster (system_identifier) VALUES (postbox.system_identifier())
     ON CONFLICT (only_one) DO UPDATE SET system_identifier = excluded.system_identifier, since = excluded.since;
 END $$;

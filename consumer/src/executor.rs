@@ -43,6 +43,9 @@ use report::{Afterwards, REPORT_EVERY, Recording};
 pub(crate) use run::{panicked, timed_out};
 use trial::Trials;
 
+/// The wait before a broadcast that could not check the log tries again.
+const RESYNC_WAIT: Duration = Duration::from_millis(200);
+
 /// What a subscription is, for as long as the process runs.
 pub(crate) struct Plan {
     pub(crate) group: Arc<str>,
@@ -148,6 +151,8 @@ pub(crate) struct Executor {
     reading: Option<Reading>,
     inline_cost: InlineCost,
     seen: Option<SeenTail>,
+    /// Offsets may have been given anew, and the log could not be asked: nothing more is taken in until then.
+    resync_at: Option<Instant>,
     dirty: bool,
     /// Somebody waits for the next report to be recorded.
     urgent: bool,
@@ -226,6 +231,7 @@ impl Executor {
             running: HashMap::new(),
             reading: None,
             inline_cost: InlineCost::default(),
+            resync_at: None,
             dirty: false,
             urgent: false,
             reported: Instant::now(),
@@ -240,6 +246,9 @@ impl Executor {
     /// Runs until it is told to stop; what it owned is in the last report.
     pub(crate) async fn run(mut self) {
         loop {
+            if self.resync_at.is_some_and(|at| at <= Instant::now()) {
+                self.resync().await;
+            }
             let progressed = if self.may_run() {
                 let started = self.start_ready();
                 self.take_in() || started
@@ -306,7 +315,11 @@ impl Executor {
         // Without a valid lease nothing is due; the session extends it or ends this executor.
         let lease = (!self.lease_is_valid()).then(|| now + Duration::from_millis(20));
         let start = self.next_start(now).filter(|_| lease.is_none());
-        [start, report, lease, self.stop_by].into_iter().flatten().min()
+        let start = start.filter(|_| self.resync_at.is_none());
+        [start, report, lease, self.resync_at, self.stop_by]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn lease_is_valid(&self) -> bool {
@@ -316,7 +329,7 @@ impl Executor {
     }
 
     fn may_run(&self) -> bool {
-        self.stop_by.is_none() && self.lease_is_valid()
+        self.stop_by.is_none() && self.resync_at.is_none() && self.lease_is_valid()
     }
 
     // ------------------------------------------------------------------------------------------------------------ commands
@@ -465,6 +478,7 @@ impl Executor {
     }
 
     async fn resync(&mut self) {
+        self.resync_at = None;
         let Some(seen) = &mut self.seen else { return };
         let next = self.streams.first().map_or(0, |stream| stream.next);
         match seen.resync(&self.log, next).await {
@@ -477,7 +491,8 @@ impl Executor {
                 self.reading = None;
             }
             Err(error) => {
-                warn!(topic = %self.plan.topic, %error, "cannot check the log after a reconnect; trusting it")
+                warn!(topic = %self.plan.topic, %error, "cannot check the log after a reconnect; trying again");
+                self.resync_at = Some(Instant::now() + RESYNC_WAIT);
             }
         }
     }

@@ -26,7 +26,16 @@ pub(crate) struct LanePosition {
 /// What is not yet written, from the executor to the session.
 pub(crate) struct Progress {
     unwritten: Mutex<Unwritten>,
-    dirty: Arc<Notify>,
+    dirty: Arc<Dirty>,
+}
+
+/// Tells the session that there is something to write.
+#[derive(Default)]
+pub(crate) struct Dirty {
+    /// When it is time.
+    pub(crate) soon: Notify,
+    /// Somebody waits for it.
+    pub(crate) at_once: Notify,
 }
 
 /// The newest snapshot, and everything that belongs to it.
@@ -39,7 +48,7 @@ pub(crate) struct Unwritten {
 }
 
 impl Progress {
-    pub(crate) fn new(dirty: Arc<Notify>) -> Self {
+    pub(crate) fn new(dirty: Arc<Dirty>) -> Self {
         Self {
             unwritten: Mutex::default(),
             dirty,
@@ -47,7 +56,7 @@ impl Progress {
     }
 
     /// A report; returns its number.
-    pub(crate) fn put(&self, snapshot: Snapshot, journal: Journal) -> u64 {
+    pub(crate) fn put(&self, snapshot: Snapshot, journal: Journal, urgent: bool) -> u64 {
         let number = {
             let mut unwritten = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner);
             unwritten.number += 1;
@@ -55,7 +64,10 @@ impl Progress {
             unwritten.journal.absorb(journal);
             unwritten.number
         };
-        self.dirty.notify_one();
+        match urgent {
+            true => self.dirty.at_once.notify_one(),
+            false => self.dirty.soon.notify_one(),
+        }
         number
     }
 

@@ -12,7 +12,7 @@ use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -23,7 +23,7 @@ use crate::lane::{LaneRow, OwnedLane, plan};
 use crate::link;
 use crate::pace::{PaceSettings, Pacer};
 use crate::process::Process;
-use crate::progress::{Lease, Progress, Snapshot};
+use crate::progress::{Dirty, Lease, Progress, Snapshot};
 use crate::record::Columns;
 use crate::redelivery;
 use crate::subscription::Kind;
@@ -52,7 +52,7 @@ pub(crate) struct Session {
     lease_span: Duration,
     heartbeat_at: Instant,
     services: Vec<Service>,
-    dirty: Arc<Notify>,
+    dirty: Arc<Dirty>,
     events: mpsc::UnboundedReceiver<Event>,
     unlocked_since: HashMap<i32, Instant>,
     looks: u32,
@@ -198,7 +198,7 @@ impl Session {
             log.reset();
         }
         let lease = Arc::new(Lease::until(heartbeat_at + own_lease(lease_span)));
-        let dirty = Arc::new(Notify::new());
+        let dirty = Arc::new(Dirty::default());
         let (event_sender, events) = mpsc::unbounded_channel();
         let services = registered
             .into_iter()
@@ -303,7 +303,13 @@ impl Session {
                         next_look = Instant::now();
                     }
                 }
-                () = self.dirty.notified(), if !checkpoint_due => checkpoint_due = true,
+                () = self.dirty.at_once.notified() => {
+                    checkpoint_due = false;
+                    if !self.checkpoint().await? {
+                        next_look = Instant::now();
+                    }
+                }
+                () = self.dirty.soon.notified(), if !checkpoint_due => checkpoint_due = true,
                 () = tokio::time::sleep_until(next_look.into()) => {
                     self.heartbeat(process).await?;
                     next_look = self.look(process).await?;

@@ -121,9 +121,9 @@ impl Executor {
             return;
         }
         self.hold_key(&job);
-        let key = job.key;
+        let failing_key = job.key.filter(|_| job.stored);
         self.retries.insert((due, job.offset), job);
-        if let Some(key) = key {
+        if let Some(key) = failing_key {
             self.head_fails(key);
         }
     }

@@ -3,6 +3,9 @@
 //! A message whose key is held goes behind it. While the head of a key fails and memory is short, its successors are *parked*: copied to
 //! `postbox.redelivery`, from where they are read in order when the head is settled. While a key has parked messages, whatever comes for
 //! it is parked behind them.
+//!
+//! *What is before a parked message of its key is settled or has a row too*, so that a new owner, who finds the rows at once and the rest by and
+//! by in the log, cannot run one before it: so only behind a head that has a row, and all that wait or none.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -26,7 +29,7 @@ pub(super) struct Successors {
     pub(super) queue: VecDeque<Job>,
     /// How many are in the database, all behind those in memory.
     pub(super) parked: usize,
-    /// The head has failed and waits for its next attempt, or for an operator.
+    /// The head has a row: it failed and waits for its next attempt, or for an operator.
     pub(super) failing: bool,
     /// Parked ones are being read: there is no head.
     loading: bool,
@@ -50,7 +53,10 @@ impl Executor {
         let Some(successors) = self.keys.get_mut(&key) else {
             return Some(job);
         };
-        if successors.parked > 0 || (successors.failing && may_park) {
+        if successors.parked > 0 {
+            self.park(key, job);
+        } else if successors.failing && may_park {
+            self.park_queue(key);
             self.park(key, job);
         } else {
             self.unsettled.insert(job.offset, job.lane);
@@ -86,17 +92,24 @@ impl Executor {
         }
     }
 
-    /// The head of the key has failed: when memory is short, what waits behind it is parked.
+    /// The head of the key has failed and has a row: when memory is short, what waits behind it is parked.
     pub(super) fn head_fails(&mut self, key: i32) {
-        let may_park = self.may_park();
         let Some(successors) = self.keys.get_mut(&key) else {
             return;
         };
         successors.failing = true;
-        if may_park {
-            for job in std::mem::take(&mut successors.queue) {
-                self.park(key, job);
-            }
+        if self.may_park() {
+            self.park_queue(key);
+        }
+    }
+
+    fn park_queue(&mut self, key: i32) {
+        let queue = self
+            .keys
+            .get_mut(&key)
+            .map(|successors| std::mem::take(&mut successors.queue));
+        for job in queue.into_iter().flatten() {
+            self.park(key, job);
         }
     }
 

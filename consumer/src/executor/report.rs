@@ -67,7 +67,7 @@ impl Executor {
         let progress = membership.progress.clone();
         let journal = std::mem::take(&mut self.journal);
         let messages = journal.entries.len();
-        let number = progress.put(self.snapshot(|_| true), journal);
+        let number = progress.put(self.snapshot(|_| true), journal, self.urgent);
         if messages > 0 || !self.afterwards.is_empty() {
             let mut afterwards = std::mem::take(&mut self.afterwards);
             for each in &mut afterwards {
