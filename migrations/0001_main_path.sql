@@ -7,7 +7,8 @@ COMMENT ON SCHEMA postbox IS
     'Postbox: transactional outbox and messaging. Publish with postbox.publish() or INSERT INTO postbox.outbox; everything else belongs to Postbox.';
 
 -- Advisory locks. The two-integer space (class, object) is used with these classes; nothing else in the database may use them.
---   1347571761, 1: the sequencer; 2: the dispatcher's bell; 3: the consumers' bell; 4: migrations; 5: the timers' bell; 6: promotion
+--   1347571761, 1: the sequencer; 2: the dispatcher's bell; 3: the consumers' bell; 4: migrations; 5: the timers' bell; 6: promotion;
+--     7: truncation
 --   1347571762, subscription * 1024 + lane: the fence of a lane
 --   1347571763, consumer id: held by a consumer's session for as long as it lives
 --   1347571764, hash of topic and key: ordered publishing

@@ -31,7 +31,7 @@ BEGIN
     -- Six slots are kept, one is being filled, one is being truncated. Which slot holds what is decided by what is in it, so the
     -- length of a slot may change at any time.
     EXECUTE format('CREATE OR REPLACE FUNCTION postbox.slot_of(at timestamptz) RETURNS smallint LANGUAGE sql STABLE PARALLEL SAFE
-        RETURN ((extract(epoch FROM at)::bigint / %s) %% 8)::smallint', seconds);
+        RETURN ((date_part(''epoch'', at)::bigint / %s) %% 8)::smallint', seconds);
     EXECUTE format('COMMENT ON FUNCTION postbox.slot_of IS %L', format(
         'The ring slot of an instant: eight slots of %s, a sixth of what is kept.', make_interval(secs => seconds)));
 END $$;
@@ -254,7 +254,7 @@ BEGIN
         RAISE EXCEPTION 'a slot must be truncated in READ COMMITTED, not %', current_setting('transaction_isolation')
             USING HINT = 'What is checked must be newer than the locks.';
     END IF;
-    RETURN pg_try_advisory_xact_lock(1347571761, 5);
+    RETURN pg_try_advisory_xact_lock(1347571761, 7);
 END $$;
 COMMENT ON FUNCTION postbox.begin_truncation IS 'Whether nobody else is truncating.';
 

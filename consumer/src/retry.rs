@@ -5,7 +5,7 @@ use std::time::Duration;
 /// How long to wait before each further attempt, how many attempts there are, and what becomes of the key when they are exhausted.
 ///
 /// The default is exponential from 1 s to 10 min, 16 attempts (about an hour and a half), then the message goes to the dead letters and its key
-/// goes on. Every wait is lengthened by up to a quarter at random, so that messages that failed together do not come back
+/// goes on. A broadcast from memory has nowhere to put what it gives up, so there the attempts have no end. Every wait is lengthened by up to a quarter at random, so that messages that failed together do not come back
 /// together; it is never shortened.
 ///
 /// ```

@@ -104,7 +104,7 @@ async fn give_up(db: &TestDatabase, group: &str, offsets: &str, reason: &str, ha
                      key_hash, headers, content_type, payload)
                  SELECT c.id, c.\"offset\", c.lane, 'halted', 2, now(), '{errors}', c.s, c.message, c.published_at, c.type, c.key,
                      postbox.key_hash(c.key), c.headers, c.content_type, c.payload
-                 FROM ({copy}) AS c (id, \"offset\", lane, slot, xid, seq, message, published_at, topic, type, key, headers, content_type, payload, s)
+                 FROM ({copy}) AS c (id, \"offset\", lane, slot, xid, seq, message, published_at, topic, type, key, headers, content_type, payload, expires_at, s)
                  WHERE c.\"offset\" IN ({offsets}) AND c.id = (SELECT id FROM postbox.subscription WHERE group_name = '{group}')"
             ),
         )
@@ -117,7 +117,7 @@ async fn give_up(db: &TestDatabase, group: &str, offsets: &str, reason: &str, ha
                  published_at, type, key, key_hash, headers, content_type, payload)
              SELECT c.id, c.\"offset\", c.lane, '{reason}', {halted}, 2, '{errors}', 'b', c.s, c.message, c.published_at, c.type, c.key,
                  postbox.key_hash(c.key), c.headers, c.content_type, c.payload
-             FROM ({copy}) AS c (id, \"offset\", lane, slot, xid, seq, message, published_at, topic, type, key, headers, content_type, payload, s)
+             FROM ({copy}) AS c (id, \"offset\", lane, slot, xid, seq, message, published_at, topic, type, key, headers, content_type, payload, expires_at, s)
              WHERE c.\"offset\" IN ({offsets}) AND c.id = (SELECT id FROM postbox.subscription WHERE group_name = '{group}')
              ORDER BY c.\"offset\""
         ),

@@ -62,7 +62,9 @@ impl Executor {
             self.warn_open();
         }
         let since = *job.failing_since.get_or_insert(now);
-        if let Some(why) = job.handler.retry.gives_up(job.attempt, now - since) {
+        if self.membership.is_some()
+            && let Some(why) = job.handler.retry.gives_up(job.attempt, now - since)
+        {
             return self.give_up(job, format!("{why}: {}", failure.reason), failure.reason);
         }
         warn!(
@@ -275,7 +277,8 @@ impl Executor {
     pub(super) fn decided(&mut self, held: Vec<Held>) {
         for held in held {
             let offset = held.message.offset.get();
-            let known = self.failing.contains_key(&offset);
+            // What was read before the last report was recorded may be a message that has run since.
+            let known = self.failing.contains_key(&offset) || self.is_unrecorded(offset);
             if !known && self.lanes.contains_key(&held.lane) && !self.draining.contains_key(&held.lane) {
                 self.adopt_one(held);
             }

@@ -35,8 +35,8 @@ pub(super) enum Afterwards {
 /// A report that is not yet recorded.
 pub(super) struct Recording {
     number: u64,
-    /// How many its journal has.
-    messages: usize,
+    /// The messages of its journal.
+    offsets: Vec<i64>,
     afterwards: Vec<Afterwards>,
 }
 
@@ -66,19 +66,19 @@ impl Executor {
         };
         let progress = membership.progress.clone();
         let journal = std::mem::take(&mut self.journal);
-        let messages = journal.entries.len();
+        let offsets: Vec<i64> = journal.entries.keys().copied().collect();
         let number = progress.put(self.snapshot(|_| true), journal, self.urgent);
-        if messages > 0 || !self.afterwards.is_empty() {
+        if !offsets.is_empty() || !self.afterwards.is_empty() {
             let mut afterwards = std::mem::take(&mut self.afterwards);
             for each in &mut afterwards {
                 if let Afterwards::Load { key, parked } = each {
                     *parked = self.parked(*key);
                 }
             }
-            self.unrecorded += messages;
+            self.unrecorded += offsets.len();
             self.recording.push_back(Recording {
                 number,
-                messages,
+                offsets,
                 afterwards,
             });
         }
@@ -97,11 +97,20 @@ impl Executor {
             let Some(report) = self.recording.pop_front() else {
                 return;
             };
-            self.unrecorded -= report.messages;
+            self.unrecorded -= report.offsets.len();
             for afterwards in report.afterwards {
                 self.carry_on(afterwards);
             }
         }
+    }
+
+    /// Whether something was noted of this message that is not recorded yet: what the database says of it is old.
+    pub(super) fn is_unrecorded(&self, offset: i64) -> bool {
+        let reported = self
+            .recording
+            .iter()
+            .any(|report| report.offsets.contains(&offset));
+        reported || self.journal.entries.contains_key(&offset)
     }
 
     fn carry_on(&mut self, afterwards: Afterwards) {
