@@ -560,3 +560,121 @@ async fn a_long_outage_leaves_at_most_a_thousand_rows_and_everything_is_delivere
     assert_eq!(consumer.stats()[0].dead, 0);
     history.assert_in_order_and_alone(2000, 100);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_expired_never_runs_and_is_settled_or_a_dead_letter_as_its_handler_says() {
+    let bench = bench().await;
+    let (settling, burying) = (History::default(), History::default());
+    let up = Arc::new(AtomicBool::new(false));
+    let fails_at_first = |history: &History| {
+        let up = up.clone();
+        handler(history, move |step, _| match step.n {
+            // Tried in time, and expired before it succeeds.
+            1 if !up.load(Ordering::Relaxed) => Err(down()),
+            _ => Ok(()),
+        })
+        .retry(Retry::fixed(Duration::from_secs(60)))
+    };
+    let settle = bench.start(vec![fails_at_first(&settling)]).await;
+    let bury = fails_at_first(&burying)
+        .group("buries")
+        .expired(postbox_consumer::Expired::DeadLetter);
+    let in_an_hour = |n| postbox::message(&step("0", n)).expires_in(Duration::from_secs(3600));
+    bench.publish([in_an_hour(0), in_an_hour(1), in_an_hour(2)]).await;
+    settling.has(1).await;
+    there_are(&bench, 1, "SELECT count(*) FROM postbox.redelivery").await;
+    up.store(true, Ordering::Relaxed);
+    bench.db.advance(Duration::from_secs(3600)).await.unwrap();
+    bench.publish_one(&step("0", 3)).await;
+    settled(bench.db.pool(), GROUP).await;
+    assert_eq!(settling.of("0"), [0, 3]);
+    assert_eq!(settle.stats()[0].expired, 2);
+    there_are(&bench, 0, "SELECT count(*) FROM postbox.dead_letter").await;
+
+    let _bury = bench.start(vec![bury]).await;
+    settled(bench.db.pool(), "buries").await;
+    assert_eq!(burying.of("0"), [3]);
+    let reasons: Vec<String> = letters(&bench).await.into_iter().map(|l| l.2).collect();
+    assert_eq!(reasons, vec!["it expired before it was handled"; 3]);
+    bench
+        .sql("SELECT postbox.redrive(ARRAY(SELECT id FROM postbox.dead_letter))")
+        .await;
+    settled(bench.db.pool(), "buries").await;
+    assert_eq!(
+        burying.of("0"),
+        [3, 0, 1, 2],
+        "redriven, it does not expire again"
+    );
+}
+
+/// `cargo test --release -p postbox-testkit --test consumer_failure -- --ignored --nocapture ten_percent`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "measures, and wants the machine to itself"]
+async fn ten_percent_of_the_keys_failing_three_times_each_cost_little_throughput_and_delay_no_other_key() {
+    const KEYS: i64 = 2000;
+    const EACH: i64 = 500;
+    let mut took = [(0.0, 0.0); 2];
+    for (failing, took) in [false, true].into_iter().zip(&mut took) {
+        let bench = bench().await;
+        for chunk in steps(KEYS, EACH).chunks(10_000) {
+            publish_steps(bench.db.pool(), chunk).await;
+        }
+        sequenced(&bench, KEYS * EACH).await;
+        let (all, others) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let handler = {
+            let (all, others) = (all.clone(), others.clone());
+            HandlerDefinition::new("handler")
+                .group(GROUP)
+                .argument::<Step>()
+                .call(move |mut invocation| {
+                    let (all, others) = (all.clone(), others.clone());
+                    Box::pin(async move {
+                        let delivery = <Delivery as Extract>::extract(&mut invocation).await?;
+                        let step = <Step as Extract>::extract(&mut invocation).await?;
+                        let of_tenth = step.key.ends_with('7');
+                        if failing && of_tenth && step.n == EACH / 10 && delivery.attempt <= 3 {
+                            return Err(down());
+                        }
+                        all.fetch_add(1, Ordering::Relaxed);
+                        others.fetch_add(u64::from(!of_tenth), Ordering::Relaxed);
+                        Ok(())
+                    })
+                })
+        };
+        let begun = Instant::now();
+        let _consumer = bench.start(vec![handler]).await;
+        while others.load(Ordering::Relaxed) < (KEYS * EACH * 9 / 10) as u64 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        took.1 = begun.elapsed().as_secs_f64();
+        while all.load(Ordering::Relaxed) < (KEYS * EACH) as u64 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        took.0 = begun.elapsed().as_secs_f64();
+    }
+    let [without, with] = took;
+    println!(
+        "without failures {:.1} s; with {:.1} s: {:.2} of the throughput; the other keys were done after {:.1} s, {:.2} times as late",
+        without.0,
+        with.0,
+        without.0 / with.0,
+        with.1,
+        with.1 / without.1
+    );
+    assert!(with.1 / without.1 <= 2.0);
+}
+
+/// Until so many messages are sequenced.
+async fn sequenced(bench: &Bench, messages: i64) {
+    eventually(Duration::from_secs(120), || async {
+        let now = bench
+            .number("SELECT coalesce(sum(postbox.next_offset(name)), 0)::bigint FROM postbox.topic")
+            .await;
+        if now == messages {
+            Ok(())
+        } else {
+            Err(format!("{now} sequenced"))
+        }
+    })
+    .await;
+}

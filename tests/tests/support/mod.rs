@@ -67,6 +67,10 @@ impl Bench {
         publish(self.db.pool(), messages).await;
     }
 
+    pub async fn publish_one(&self, step: &Step) {
+        self.publish([step]).await;
+    }
+
     pub async fn sql(&self, sql: &'static str) {
         sqlx::raw_sql(sql)
             .execute(self.db.pool())

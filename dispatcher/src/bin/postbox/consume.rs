@@ -11,7 +11,10 @@ use std::time::Duration;
 
 use chrono::DateTime;
 use clap::{ArgGroup, ValueEnum};
-use postbox_consumer::{Consumer, Delivery, Extract, HandlerDefinition, Invocation, Order, Raw, Start};
+use postbox_consumer::{
+    Consumer, DEFAULT_MAX_ATTEMPTS, Delivery, Exhausted, Extract, HandlerDefinition, Invocation, Order, Raw,
+    Retry, Start,
+};
 use postbox_dispatcher::{Dispatcher, status};
 use sqlx::PgPool;
 
@@ -38,8 +41,9 @@ const EXEC_CONCURRENCY: usize = 8;
 ///
 /// With --exec the command gets the payload on standard input and POSTBOX_ID, POSTBOX_TOPIC, POSTBOX_OFFSET, POSTBOX_TYPE, POSTBOX_KEY,
 /// POSTBOX_ATTEMPT, POSTBOX_HEADERS (a JSON object), POSTBOX_CONTENT_TYPE and POSTBOX_PUBLISHED_AT in its environment; what a message does
-/// not have is not set. Exit status 0 acknowledges the message; any other retries it after 1 s, 2 s, 4 s … up to 10 min, and later messages
-/// of its key wait for it.
+/// not have is not set. Exit status 0 acknowledges the message; 75 (EX_TEMPFAIL) tries it again in 5 s as if it had not run; 65 (EX_DATAERR)
+/// sends it to the dead letters; any other retries it after 1 s, 2 s, 4 s … up to 10 min, and after --max-attempts it is a dead letter. Later
+/// messages of its key wait meanwhile.
 ///
 /// Stops on SIGINT, SIGTERM (a second one stops at once), --max, --idle-timeout, and when the reader of standard output is gone. What was
 /// not acknowledged is delivered again. Messages come only while a dispatcher runs (`postbox run`).
@@ -76,6 +80,12 @@ pub(crate) struct Args {
     /// How long one run of the command may take; then it is killed and has failed
     #[arg(long, value_name = "SPAN", default_value = "60s", value_parser = timeout, requires = "exec")]
     timeout: Duration,
+    /// Attempts in all before a message goes to the dead letters
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_ATTEMPTS, value_parser = clap::value_parser!(u32).range(1..), requires = "exec")]
+    max_attempts: u32,
+    /// Whether the key of a dead letter goes on, or waits for an operator (`postbox dead-letters`)
+    #[arg(long, value_enum, default_value_t = ExhaustedArg::Skip, requires = "exec")]
+    exhausted: ExhaustedArg,
     /// Stop after so many messages, and acknowledge exactly these [default: no end]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max: Option<u32>,
@@ -95,6 +105,12 @@ enum OrderArg {
     Key,
     Topic,
     None,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ExhaustedArg {
+    Skip,
+    Halt,
 }
 
 pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<()> {
@@ -164,6 +180,14 @@ impl Args {
             .order(self.order.into())
             .concurrency(self.concurrency.map_or(concurrency, usize::from))
             .timeout(timeout)
+            .retry(
+                Retry::default()
+                    .max_attempts(self.max_attempts)
+                    .exhausted(match self.exhausted {
+                        ExhaustedArg::Skip => Exhausted::Skip,
+                        ExhaustedArg::Halt => Exhausted::Halt,
+                    }),
+            )
             .call(move |invocation| Box::pin(take(work.clone(), invocation)));
         handler = match &self.group {
             Some(group) => handler.group(group.clone()),

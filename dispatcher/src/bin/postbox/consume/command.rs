@@ -1,11 +1,18 @@
 //! `--exec`: a shell command for each message.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use postbox_consumer::{Delivery, HandlerError, Outcome};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncWriteExt;
 use tokio::process::{ChildStdin, Command};
+
+/// EX_TEMPFAIL of sysexits.h: not now, and not the message's fault.
+const TRY_AGAIN: i32 = 75;
+const TRY_AGAIN_IN: Duration = Duration::from_secs(5);
+/// EX_DATAERR: this message will never do.
+const CANNOT_BE: i32 = 65;
 
 pub(crate) struct ShellCommand(String);
 
@@ -47,9 +54,12 @@ impl ShellCommand {
             () = feed(input, payload) => unreachable!("feeding never ends"),
         };
         group.ended();
-        match status.success() {
-            true => Ok(()),
-            false => Err(HandlerError::retry(format!("the command ended with {status}"))),
+        let why = format!("the command ended with {status}");
+        match status.code() {
+            Some(0) => Ok(()),
+            Some(TRY_AGAIN) => Err(HandlerError::postpone(TRY_AGAIN_IN, why)),
+            Some(CANNOT_BE) => Err(HandlerError::dead_letter(why)),
+            _ => Err(HandlerError::retry(why)),
         }
     }
 }
