@@ -28,6 +28,9 @@ fn command(db: &TestDatabase, arguments: &[&str]) -> Command {
     command
 }
 
+/// Number, and the header `postbox-redriven`.
+type Ran = (i64, Option<String>);
+
 fn run(db: &TestDatabase, arguments: &[&str]) -> Output {
     command(db, arguments).output().unwrap()
 }
@@ -677,7 +680,7 @@ async fn status_counts_what_failed_and_says_the_worst_breaker() {
 async fn a_running_group_runs_what_is_redriven_and_goes_on_with_what_is_released() {
     let db = TestDatabase::new().await.unwrap();
     let dispatcher = Dispatcher::new(db.pool().clone()).start().await.unwrap();
-    let ran: Arc<Mutex<Vec<(i64, Option<String>)>>> = Arc::default();
+    let ran: Arc<Mutex<Vec<Ran>>> = Arc::default();
     let noted = ran.clone();
     // Fails for 0 until its payload is mended, and for 5 always.
     let handler = HandlerDefinition::new("mail")

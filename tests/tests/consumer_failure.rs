@@ -16,6 +16,9 @@ use support::{Bench, History, PATIENCE, Step, bench, publish_steps, settled, ste
 
 const GROUP: &str = "group";
 
+/// Id, number, header `postbox-redriven`, attempt.
+type SeenRun = (String, i64, Option<String>, u32);
+
 /// A handler that does as `decide` says, given the step and the attempt, and notes its successes.
 fn handler<F>(history: &History, decide: F) -> HandlerDefinition
 where
@@ -329,7 +332,7 @@ async fn in_topic_order_a_failure_holds_the_topic_and_nothing_is_copied() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redriven_letter_keeps_its_id_gets_a_header_and_may_get_a_new_payload() {
     let bench = bench().await;
-    let seen: Arc<Mutex<Vec<(String, i64, Option<String>, u32)>>> = Arc::default();
+    let seen: Arc<Mutex<Vec<SeenRun>>> = Arc::default();
     let note = seen.clone();
     let handler = HandlerDefinition::new("handler")
         .group(GROUP)
@@ -677,4 +680,47 @@ async fn sequenced(bench: &Bench, messages: i64) {
         }
     })
     .await;
+}
+
+/// A new owner finds parked rows at once, and what was not parked by and by in the log.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_parked_waits_for_what_was_before_it_under_the_next_owner_too() {
+    let bench = bench().await;
+    let history = History::default();
+    let up = Arc::new(AtomicBool::new(false));
+    let make = || {
+        let up = up.clone();
+        handler(&history, move |step, _| {
+            let even = step.key.parse::<u64>().unwrap() % 2 == 0;
+            if even && step.n == 1 && !up.load(Ordering::Relaxed) {
+                Err(down())
+            } else {
+                Ok(())
+            }
+        })
+        .retry(Retry::fixed(Duration::from_secs(2)).unlimited())
+        .concurrency(4)
+    };
+    let all = steps(40, 40);
+    let first = bench.consumer(vec![make()]).window(128).start().await.unwrap();
+    publish_steps(bench.db.pool(), &all).await;
+    // All of the odd keys, and the first of the even ones.
+    history.has(20 * 40 + 20).await;
+    first.shutdown().await.unwrap();
+    let parked = bench
+        .number("SELECT count(*) FROM postbox.redelivery WHERE state = 'parked'")
+        .await;
+    assert!(parked > 0);
+    let left_in_the_log = bench
+        .number(
+            "SELECT count(*) FROM (SELECT s.base + n - 1 AS at, s.keys[n] AS key FROM postbox.segment s, generate_series(1, s.count) n) a \
+             JOIN postbox.lane l ON l.lane = a.key % 32 AND a.at = ANY (l.pending) \
+             WHERE EXISTS (SELECT FROM postbox.redelivery r WHERE r.state = 'parked' AND r.key_hash = a.key AND r.\"offset\" > a.at)",
+        )
+        .await;
+    assert_eq!(left_in_the_log, 0, "before a parked one of its key");
+    up.store(true, Ordering::Relaxed);
+    let _second = bench.consumer(vec![make()]).window(128).start().await.unwrap();
+    settled(bench.db.pool(), GROUP).await;
+    history.assert_in_order_and_alone(40, 40);
 }

@@ -4,7 +4,7 @@
 //!
 //! What is accepted is compiled with this suite. As cases of trybuild they would have all dependencies built once more, for minutes, where the
 //! mistakes need them but checked.
-#![allow(unreachable_pub)]
+#![allow(unreachable_pub, clippy::unwrap_used)]
 
 #[path = "ui/pass/handler.rs"]
 mod handler;
