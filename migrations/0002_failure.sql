@@ -94,7 +94,7 @@ COMMENT ON COLUMN postbox.dead_letter.content_type IS 'As in the outbox.';
 COMMENT ON COLUMN postbox.dead_letter.payload IS 'The message itself.';
 
 CREATE INDEX dead_letter_message ON postbox.dead_letter (message_id);
-CREATE INDEX dead_letter_newest ON postbox.dead_letter (subscription_id, died_at);
+CREATE INDEX dead_letter_newest ON postbox.dead_letter (subscription_id, id);
 
 ALTER TABLE postbox.lane ADD COLUMN crashes integer NOT NULL DEFAULT 0;
 COMMENT ON COLUMN postbox.lane.crashes IS

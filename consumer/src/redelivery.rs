@@ -12,6 +12,9 @@ use uuid::Uuid;
 /// Parked messages read at once.
 pub(crate) const LOAD: i64 = 128;
 
+/// Decisions of operators read at once.
+pub(crate) const DECIDED: i64 = 256;
+
 /// A message of a lane that passed it without success.
 pub(crate) struct Held {
     pub(crate) lane: u16,
@@ -54,7 +57,8 @@ macro_rules! columns {
 /// Everything that holds a key or runs again; what is parked behind it is read when its turn comes.
 const OF_LANES: &str = columns!("lane = ANY ($2) AND state <> 'parked' ORDER BY \"offset\"");
 
-const OF_OPERATORS: &str = columns!("state IN ('redriven', 'released') ORDER BY \"offset\" LIMIT 256");
+const OF_OPERATORS: &str =
+    columns!("lane = ANY ($3) AND state IN ('redriven', 'released') ORDER BY \"offset\" LIMIT $2");
 
 const OF_KEY: &str = columns!("key_hash = $2 AND state = 'parked' ORDER BY \"offset\" LIMIT $3");
 
@@ -71,14 +75,17 @@ pub(crate) async fn of_lanes(
     decode_all(&query.fetch_all(executor).await?)
 }
 
-/// What operators decided and no owner has taken up, by offset.
+/// What operators decided of messages of these lanes and their owner has not taken up, by offset, at most [`DECIDED`].
 pub(crate) async fn of_operators(
     executor: impl PgExecutor<'_>,
     subscription: i32,
+    lanes: &[i16],
 ) -> Result<Vec<Held>, sqlx::Error> {
     decode_all(
         &sqlx::query(OF_OPERATORS)
             .bind(subscription)
+            .bind(DECIDED)
+            .bind(lanes)
             .fetch_all(executor)
             .await?,
     )

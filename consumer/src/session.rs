@@ -30,6 +30,8 @@ use crate::subscription::Kind;
 
 /// How often members and lanes are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// When to look again where a look did not find everything.
+const LOOK_SOON: Duration = Duration::from_millis(50);
 /// For how long the lock of an instance must be seen missing before its lanes are taken: an instance that lost its connection stops its
 /// handlers within this time, so no key runs in two places.
 const GRACE_WITHOUT_LOCK: Duration = Duration::from_secs(1);
@@ -368,7 +370,7 @@ impl Session {
         if !look.members.iter().any(|member| member.id == self.id) {
             return Err(Lost("this instance's registration is gone".to_owned()));
         }
-        let (dead, again) = self.find_dead(&look);
+        let (dead, mut again) = self.find_dead(&look);
         for n in 0..self.services.len() {
             self.arrange(n, &look, &dead).await?;
         }
@@ -376,11 +378,16 @@ impl Session {
             service.keep_pace(&look);
         }
         for service in self.services.iter().filter(|s| look.decided.contains(&s.id)) {
+            let lanes: Vec<i16> = service.owned.keys().map(|lane| *lane as i16).collect();
             let held = in_time(
                 &self.lease,
-                redelivery::of_operators(&mut self.listener, service.id),
+                redelivery::of_operators(&mut self.listener, service.id, &lanes),
             )
             .await?;
+            if held.len() as i64 == redelivery::DECIDED {
+                // There are more.
+                again = again.min(Instant::now() + LOOK_SOON);
+            }
             service.command(Command::Decided(held));
         }
         Ok(again)
