@@ -225,7 +225,7 @@ COMMENT ON COLUMN postbox.lane.lane IS 'Lane, from 0.';
 COMMENT ON COLUMN postbox.lane.epoch IS 'Raised by every claim; whatever carries an older one is refused.';
 COMMENT ON COLUMN postbox.lane.consumer_id IS 'The owner; null: free.';
 COMMENT ON COLUMN postbox.lane.position IS 'All the lane''s offsets below it are settled, but for those in pending.';
-COMMENT ON COLUMN postbox.lane.pending IS 'Offsets below position that are not settled. May hold offsets of other lanes, which mean nothing here.';
+COMMENT ON COLUMN postbox.lane.pending IS 'Offsets below position that are not settled. One of another lane means nothing here.';
 COMMENT ON COLUMN postbox.lane.changed_at IS 'When it was last claimed or released.';
 
 CREATE SEQUENCE postbox.checkpoint_id AS bigint CACHE 1;
@@ -240,6 +240,7 @@ CREATE TABLE postbox.checkpoint (
     epochs          integer[]   NOT NULL,
     positions       bigint[]    NOT NULL,
     pending         bigint[]    NOT NULL,
+    pending_lanes   smallint[],
     at              timestamptz NOT NULL DEFAULT postbox.clock()
 ) PARTITION BY LIST (slot);
 COMMENT ON TABLE postbox.checkpoint IS
@@ -252,6 +253,7 @@ COMMENT ON COLUMN postbox.checkpoint.lanes IS 'The lanes it owns.';
 COMMENT ON COLUMN postbox.checkpoint.epochs IS 'The epoch under which it owns each.';
 COMMENT ON COLUMN postbox.checkpoint.positions IS 'As lane.position, of each lane.';
 COMMENT ON COLUMN postbox.checkpoint.pending IS 'As lane.pending, of all these lanes together.';
+COMMENT ON COLUMN postbox.checkpoint.pending_lanes IS 'The lane of each of them. Null: not said.';
 COMMENT ON COLUMN postbox.checkpoint.at IS 'When.';
 
 CREATE TABLE postbox.settlement (
@@ -657,7 +659,8 @@ BEGIN
     n := array_position(c.lanes, of_lane);
     IF n IS NOT NULL AND c.epochs[n] = l.epoch THEN
         l.position := c.positions[n];
-        l.pending := c.pending;
+        l.pending := CASE WHEN c.pending_lanes IS NULL THEN c.pending
+            ELSE ARRAY(SELECT p."offset" FROM unnest(c.pending, c.pending_lanes) AS p ("offset", lane) WHERE p.lane = of_lane) END;
     END IF;
     RETURN QUERY SELECT l.consumer_id, l.epoch, l.position, l.pending;
 END $$;
@@ -710,7 +713,7 @@ COMMENT ON FUNCTION postbox.release IS 'Frees lanes that a consumer owns, with w
 
 CREATE FUNCTION postbox.checkpoint(
     by_consumer integer, subscriptions integer[], lanes smallint[], epochs integer[], positions bigint[],
-    pending_subscriptions integer[], pending_offsets bigint[]
+    pending_subscriptions integer[], pending_offsets bigint[], lanes_of_pending smallint[] DEFAULT NULL
 ) RETURNS bigint
     LANGUAGE plpgsql
     SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
@@ -719,10 +722,13 @@ DECLARE
     accepted bigint;
 BEGIN
     WITH written AS (
-        INSERT INTO postbox.checkpoint (subscription_id, consumer_id, lanes, epochs, positions, pending)
+        INSERT INTO postbox.checkpoint (subscription_id, consumer_id, lanes, epochs, positions, pending, pending_lanes)
         SELECT i.subscription_id, by_consumer, array_agg(i.lane), array_agg(i.epoch), array_agg(i.position),
             ARRAY(SELECT p."offset" FROM unnest(pending_subscriptions, pending_offsets) AS p (subscription_id, "offset")
-                WHERE p.subscription_id = i.subscription_id)
+                WHERE p.subscription_id = i.subscription_id),
+            CASE WHEN lanes_of_pending IS NOT NULL THEN
+                ARRAY(SELECT p.lane FROM unnest(pending_subscriptions, lanes_of_pending) AS p (subscription_id, lane)
+                    WHERE p.subscription_id = i.subscription_id) END
         FROM unnest(subscriptions, lanes, epochs, positions) AS i (subscription_id, lane, epoch, position)
         JOIN postbox.lane l ON l.subscription_id = i.subscription_id AND l.lane = i.lane AND l.epoch = i.epoch
             AND l.consumer_id = by_consumer

@@ -154,7 +154,7 @@ CREATE FUNCTION postbox.record(
     waits double precision[], failures jsonb[], reasons text[],
     ids uuid[], seqs bigint[], published timestamptz[], types text[], keys text[], key_hashes integer[], headers jsonb[],
     content_types text[], payloads bytea[], expiries timestamptz[],
-    calm_subscriptions integer[], calm_lanes smallint[]
+    calm_subscriptions integer[], calm_lanes smallint[], lanes_of_pending smallint[] DEFAULT NULL
 ) RETURNS bigint
     LANGUAGE plpgsql
     SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
@@ -169,7 +169,8 @@ BEGIN
     FROM (SELECT DISTINCT u.subscription_id * 1024 + u.lane AS n FROM unnest(of_subscriptions, of_lanes) AS u (subscription_id, lane) ORDER BY 1) f;
 
     -- Together with the checkpoint by which the lane passes these messages: none is in both places or in neither.
-    accepted := postbox.checkpoint(by_consumer, subscriptions, lanes, epochs, positions, pending_subscriptions, pending_offsets);
+    accepted := postbox.checkpoint(by_consumer, subscriptions, lanes, epochs, positions, pending_subscriptions, pending_offsets,
+        lanes_of_pending);
 
     SELECT c.name INTO instance FROM postbox.consumer c WHERE c.id = by_consumer;
     SELECT array_agg(l.lane IS NOT NULL ORDER BY u.n) INTO fresh
@@ -228,11 +229,14 @@ COMMENT ON FUNCTION postbox.record IS
 DROP FUNCTION postbox.release(integer, integer, smallint[], integer[], bigint[], bigint[]);
 
 CREATE FUNCTION postbox.release(
-    by_consumer integer, of_subscription integer, lanes smallint[], epochs integer[], positions bigint[], still_pending bigint[]
+    by_consumer integer, of_subscription integer, lanes smallint[], epochs integer[], positions bigint[], still_pending bigint[],
+    lanes_of_pending smallint[] DEFAULT NULL
 ) RETURNS void
     LANGUAGE sql VOLATILE AS $$
     UPDATE postbox.lane l
-    SET consumer_id = NULL, position = r.position, pending = still_pending, crashes = 0, changed_at = clock_timestamp()
+    SET consumer_id = NULL, position = r.position, crashes = 0,
+        pending = CASE WHEN lanes_of_pending IS NULL THEN still_pending
+            ELSE ARRAY(SELECT p."offset" FROM unnest(still_pending, lanes_of_pending) AS p ("offset", lane) WHERE p.lane = r.lane) END, changed_at = clock_timestamp()
     FROM unnest(lanes, epochs, positions) AS r (lane, epoch, position)
     WHERE l.subscription_id = of_subscription AND l.lane = r.lane AND l.epoch = r.epoch AND l.consumer_id = by_consumer
 $$;

@@ -138,7 +138,8 @@ BEGIN
     n := array_position(c.lanes, of_lane);
     IF n IS NOT NULL AND c.epochs[n] = l.epoch THEN
         l.position := c.positions[n];
-        l.pending := c.pending;
+        l.pending := CASE WHEN c.pending_lanes IS NULL THEN c.pending
+            ELSE ARRAY(SELECT p."offset" FROM unnest(c.pending, c.pending_lanes) AS p ("offset", lane) WHERE p.lane = of_lane) END;
     END IF;
     RETURN QUERY SELECT l.consumer_id, l.epoch, l.position, l.pending;
 END $$;

@@ -15,7 +15,7 @@ pub(crate) struct OwnedLane {
     pub(crate) epoch: i32,
     /// Below it, what is not in `pending` was settled before this claim.
     pub(crate) cut: i64,
-    /// Not settled and not yet taken in, below `cut`. May hold offsets of other lanes.
+    /// Not settled and not yet taken in, below `cut`.
     pub(crate) pending: HashSet<i64>,
     /// Settled by transactional handlers after the last checkpoint before this claim.
     pub(crate) done: HashSet<i64>,

@@ -12,8 +12,8 @@ use crate::journal::Journal;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Snapshot {
     pub(crate) lanes: Vec<LanePosition>,
-    /// Offsets below their lane's position that are not settled.
-    pub(crate) pending: Vec<i64>,
+    /// Offsets below their lane's position that are not settled, with their lanes.
+    pub(crate) pending: Vec<(i64, u16)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,11 +11,11 @@ use uuid::Uuid;
 use crate::journal::Journal;
 use crate::progress::{Snapshot, Unwritten};
 
-const CHECKPOINT: &str = "SELECT postbox.checkpoint($1, $2, $3, $4, $5, $6, $7)";
+const CHECKPOINT: &str = "SELECT postbox.checkpoint($1, $2, $3, $4, $5, $6, $7, $8)";
 
 /// All in one transaction, so that a message is never in two places or in none.
 const RECORD: &str = "SELECT postbox.record($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, \
-     $19, $20, $21, $22, $23, $24, $25, $26, $27, $28)";
+     $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29)";
 
 /// Reports of several subscriptions, column by column.
 #[derive(Default)]
@@ -26,6 +26,7 @@ pub(crate) struct Columns {
     pub(crate) positions: Vec<i64>,
     pending_subscriptions: Vec<i32>,
     pub(crate) pending: Vec<i64>,
+    pub(crate) lanes_of_pending: Vec<i16>,
     journals: Vec<(i32, Journal)>,
 }
 
@@ -46,9 +47,10 @@ impl Columns {
             self.epochs.push(lane.epoch);
             self.positions.push(lane.position);
         }
-        for offset in snapshot.pending {
+        for (offset, lane) in snapshot.pending {
             self.pending_subscriptions.push(subscription);
             self.pending.push(offset);
+            self.lanes_of_pending.push(lane as i16);
         }
     }
 
@@ -76,6 +78,7 @@ impl Columns {
                 .bind(self.positions)
                 .bind(self.pending_subscriptions)
                 .bind(self.pending)
+                .bind(self.lanes_of_pending)
                 .fetch_one(executor)
                 .await?;
             return Ok(accepted == lanes);
@@ -111,6 +114,7 @@ impl Columns {
             .bind(rows.expiries)
             .bind(rows.calm_subscriptions)
             .bind(rows.calm_lanes)
+            .bind(self.lanes_of_pending)
             .fetch_one(executor)
             .await?;
         Ok(accepted == sent)

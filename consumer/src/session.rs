@@ -578,13 +578,14 @@ impl Session {
         for lane in &columns.lanes {
             service.owned.remove(&(*lane as u16));
         }
-        let query = sqlx::query("SELECT postbox.release($1, $2, $3, $4, $5, $6)")
+        let query = sqlx::query("SELECT postbox.release($1, $2, $3, $4, $5, $6, $7)")
             .bind(self.id)
             .bind(subscription)
             .bind(columns.lanes)
             .bind(columns.epochs)
             .bind(columns.positions)
             .bind(columns.pending)
+            .bind(columns.lanes_of_pending)
             .execute(&mut self.listener);
         in_time(&self.lease, query).await?;
         Ok(())

@@ -176,26 +176,20 @@ impl Executor {
             let next = next
                 .or_else(|| self.draining.get(number).copied())
                 .unwrap_or(lane.cut);
-            // Before a lane is read up to where it was claimed, what was settled then is still settled. Below `next` all that is
-            // left are offsets of other lanes, which may be settled by now.
-            snapshot
-                .pending
-                .extend(lane.pending.iter().filter(|offset| **offset >= next));
+            // Before a lane is read up to where it was claimed, what was settled then is still settled.
+            let unread = lane.pending.iter().filter(|offset| **offset >= next);
+            snapshot.pending.extend(unread.map(|offset| (*offset, *number)));
             snapshot.lanes.push(LanePosition {
                 lane: *number,
                 epoch: lane.epoch,
                 position: next.max(lane.cut),
             });
         }
-        snapshot.pending.extend(
-            self.unsettled
-                .iter()
-                .filter(|(_, lane)| include(**lane))
-                .map(|(offset, _)| *offset),
-        );
-        // Lanes that were claimed together all have the same.
+        let unsettled = self.unsettled.iter().map(|(offset, lane)| (*offset, *lane));
+        snapshot
+            .pending
+            .extend(unsettled.filter(|(_, lane)| include(*lane)));
         snapshot.pending.sort_unstable();
-        snapshot.pending.dedup();
         snapshot
     }
 }
