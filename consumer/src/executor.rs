@@ -360,6 +360,7 @@ impl Executor {
     }
 
     fn claimed(&mut self, claim: Claim) {
+        let mut starts = Vec::with_capacity(claim.lanes.len());
         for (number, mut lane) in claim.lanes {
             let next = lane
                 .pending
@@ -367,15 +368,25 @@ impl Executor {
                 .copied()
                 .min()
                 .map_or(lane.cut, |least| least.min(lane.cut));
+            starts.push((next, number));
             self.interest.set(number, true);
             lane.suspect_below = self.suspect_below(&lane);
             self.lanes.insert(number, lane);
-            match self.streams.iter_mut().find(|stream| stream.next == next) {
+        }
+        // Those that begin close to each other are read together, so that what is left comes by its offsets.
+        starts.sort_unstable();
+        let mut from = None;
+        for (next, number) in starts {
+            let start = from
+                .filter(|start| next - start <= self.plan.window as i64)
+                .unwrap_or(next);
+            from = Some(start);
+            match self.streams.iter_mut().find(|stream| stream.next == start) {
                 Some(stream) => {
                     stream.lanes.insert(number);
                 }
                 None => self.streams.push(Stream {
-                    next,
+                    next: start,
                     lanes: HashSet::from([number]),
                     block: None,
                     at_head: false,
