@@ -315,10 +315,11 @@ impl Executor {
                 None => self.halt(job),
             },
             HeldState::Redriven => {
-                job.attempt = 1;
                 self.failing.insert(offset, lane);
-                // No longer the operator's.
-                self.write_untried(&job);
+                // No longer the operator's, and not tried yet.
+                job.attempt = 0;
+                self.note(&job, Fate::Retry, None, None);
+                job.attempt = 1;
                 match job.key {
                     Some(key) if was_halted.is_none() && self.keys.contains_key(&key) => {
                         self.insert_successor(key, job)
@@ -346,14 +347,6 @@ impl Executor {
                 }
             }
         }
-    }
-
-    fn write_untried(&mut self, job: &Job) {
-        let untried = Job {
-            attempt: 0,
-            ..job.clone()
-        };
-        self.note(&untried, Fate::Retry, None, None);
     }
 
     /// A process died while this attempt ran.
