@@ -449,7 +449,8 @@ COMMENT ON SEQUENCE postbox.tick_id IS
     'Numbers the ticks, under the sequencer''s lock: while its last value is the id of a tick that was committed, that tick is the newest.';
 
 CREATE FUNCTION postbox.step(
-    INOUT last_tick bigint, INOUT last_look pg_snapshot, OUT topics text[], OUT heads bigint[], OUT counts bigint[]
+    INOUT last_tick bigint, INOUT last_look pg_snapshot, INOUT last_topic text DEFAULT NULL, INOUT last_head bigint DEFAULT NULL,
+    OUT messages bigint, OUT topics text[], OUT heads bigint[], OUT counts bigint[], OUT news text
 )
     LANGUAGE plpgsql
     -- Plans made while the tables were empty would scan sequentially for ever; and the cost that enable_seqscan adds
@@ -460,8 +461,12 @@ DECLARE
     newest    bigint;
     last_xmax xid8;
     last_xip  xid8[];
-    told      text;
+    foreigner text;
+    few       record;
+    is_lean   boolean := false;
+    place     text := '-';
 BEGIN
+    messages := 0;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'postbox.sequence() must run in READ COMMITTED, not %', current_setting('transaction_isolation')
             USING HINT = 'Its snapshot must be taken after its lock.';
@@ -477,12 +482,13 @@ BEGIN
     SELECT t.last_value INTO newest FROM postbox.tick_id t;
     IF last_tick IS DISTINCT FROM newest OR last_look IS NULL THEN
         -- Only here: a look that is passed back was taken in this cluster.
-        told := postbox.foreign_xids();
-        IF told IS NOT NULL THEN
-            RAISE EXCEPTION 'postbox must not go on here: %', told USING ERRCODE = 'PB002',
+        foreigner := postbox.foreign_xids();
+        IF foreigner IS NOT NULL THEN
+            RAISE EXCEPTION 'postbox must not go on here: %', foreigner USING ERRCODE = 'PB002',
                 HINT = 'The database was restored from another cluster. A dispatcher that starts puts it right by itself; by hand: postbox rebase, or SELECT * FROM postbox.rebase()';
         END IF;
         SELECT t.id, t.snapshot INTO last_tick, last_look FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
+        last_topic := NULL;
     ELSIF pg_current_snapshot()::text = last_look::text THEN
         -- The same transactions are finished as at the last look: nothing can be new.
         RETURN;
@@ -495,64 +501,105 @@ BEGIN
         last_xip := ARRAY(SELECT pg_snapshot_xip(last_look));
     END IF;
 
-    WITH
-    -- What became visible since the last tick. Its own snapshot, the one recorded in the new tick, is this statement's.
-    fresh AS MATERIALIZED (
-        SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
-        WHERE o.xid >= last_xmax
-        UNION ALL
-        SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
-        WHERE o.xid = ANY (last_xip)
-    ),
-    tick AS (
-        INSERT INTO postbox.tick (id, snapshot)
-        SELECT nextval('postbox.tick_id'), pg_current_snapshot() WHERE EXISTS (SELECT FROM fresh)
-        RETURNING id
-    ),
-    -- By seq, not by xid: a transaction's xid may be older than its insert.
-    numbered AS (
-        SELECT f.*, row_number() OVER by_seq - 1 AS n, f.slot <> lag(f.slot, 1, f.slot) OVER by_seq AS turns
-        FROM fresh f
-        WINDOW by_seq AS (PARTITION BY f.topic ORDER BY f.seq)
-    ),
-    -- Cut where the slot changes; grouping by slot would reorder around a slot's boundary.
-    islands AS (
-        SELECT n.*, count(*) FILTER (WHERE n.turns) OVER (PARTITION BY n.topic ORDER BY n.seq) AS island FROM numbered n
-    ),
-    pieces AS (
-        SELECT i.topic, min(i.n) AS first, count(*) AS count, min(i.slot) AS slot, sum(i.bytes) AS bytes,
-            array_agg(i.xid ORDER BY i.seq) AS xids,
-            array_agg(i.seq ORDER BY i.seq) AS seqs,
-            CASE WHEN count(i.key) > 0 THEN array_agg(postbox.key_hash(i.key) ORDER BY i.seq) END AS keys
-        FROM islands i
-        GROUP BY i.topic, i.island, i.n / 1024
-    ),
-    topics AS MATERIALIZED (
-        SELECT p.topic, sum(p.count)::bigint AS messages, postbox.next_offset(p.topic) AS next_offset FROM pieces p GROUP BY p.topic
-    ),
-    first_seen AS (
-        INSERT INTO postbox.topic (name) SELECT t.topic FROM topics t WHERE t.next_offset = 0 ON CONFLICT DO NOTHING
-    ),
-    appended AS (
+    -- Where steps are small, most of their time is starting the statement below: a few messages of one topic do without it. This reads no
+    -- more than it must to tell, and is the same: what is visible to this statement's snapshot, which the tick records, and was not to the last.
+    IF last_xip = '{}' THEN
+        SELECT count(*) AS count, min(f.topic) AS topic, max(f.topic) AS other_topic, min(f.slot) AS slot, max(f.slot) AS other_slot,
+            sum(f.bytes) AS bytes, array_agg(f.xid ORDER BY f.seq) AS xids, array_agg(f.seq ORDER BY f.seq) AS seqs,
+            count(f.key) AS keyed, array_agg(postbox.key_hash(f.key) ORDER BY f.seq) AS keys, pg_current_snapshot() AS look INTO few
+        FROM (
+            SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
+            WHERE o.xid >= last_xmax LIMIT 65
+        ) f;
+        IF few.count = 0 THEN
+            last_look := few.look;
+            RETURN;
+        END IF;
+        is_lean := few.count < 65 AND few.topic = few.other_topic AND few.slot = few.other_slot;
+    END IF;
+    IF is_lean THEN
+        last_look := few.look;
+        IF last_topic IS DISTINCT FROM few.topic THEN
+            last_topic := few.topic;
+            last_head := postbox.next_offset(last_topic);
+        END IF;
+        IF last_head = 0 THEN
+            INSERT INTO postbox.topic (name) VALUES (last_topic) ON CONFLICT DO NOTHING;
+        END IF;
         INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
-        SELECT p.slot, p.topic, t.next_offset + p.first, p.count, p.bytes, p.xids, p.seqs, p.keys
-        FROM pieces p JOIN topics t ON t.topic = p.topic
-    )
-    SELECT array_agg(t.topic), array_agg(t.next_offset + t.messages), array_agg(t.messages), pg_current_snapshot(),
-        coalesce((SELECT id FROM tick), last_tick)
-    INTO topics, heads, counts, last_look, last_tick FROM topics t;
+        VALUES (few.slot, last_topic, last_head, few.count, few.bytes, few.xids, few.seqs, CASE WHEN few.keyed > 0 THEN few.keys END);
+        INSERT INTO postbox.tick (id, snapshot) VALUES (nextval('postbox.tick_id'), last_look) RETURNING id INTO last_tick;
+        last_head := last_head + few.count;
+        messages := few.count;
+        topics := ARRAY[last_topic];
+        heads := ARRAY[last_head];
+        counts := ARRAY[messages];
+        place := concat_ws(':', few.slot, few.bytes, array_to_string(few.xids, ','), array_to_string(few.seqs, ','),
+            array_to_string(few.keys, ',', '-'));
+    ELSE
+        last_topic := NULL;
+        WITH
+        -- What became visible since the last tick. Its own snapshot, the one recorded in the new tick, is this statement's.
+        fresh AS MATERIALIZED (
+            SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
+            WHERE o.xid >= last_xmax
+            UNION ALL
+            SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
+            WHERE o.xid = ANY (last_xip)
+        ),
+        tick AS (
+            INSERT INTO postbox.tick (id, snapshot)
+            SELECT nextval('postbox.tick_id'), pg_current_snapshot() WHERE EXISTS (SELECT FROM fresh)
+            RETURNING id
+        ),
+        -- By seq, not by xid: a transaction's xid may be older than its insert.
+        numbered AS (
+            SELECT f.*, row_number() OVER by_seq - 1 AS n, f.slot <> lag(f.slot, 1, f.slot) OVER by_seq AS turns
+            FROM fresh f
+            WINDOW by_seq AS (PARTITION BY f.topic ORDER BY f.seq)
+        ),
+        -- Cut where the slot changes; grouping by slot would reorder around a slot's boundary.
+        islands AS (
+            SELECT n.*, count(*) FILTER (WHERE n.turns) OVER (PARTITION BY n.topic ORDER BY n.seq) AS island FROM numbered n
+        ),
+        pieces AS (
+            SELECT i.topic, min(i.n) AS first, count(*) AS count, min(i.slot) AS slot, sum(i.bytes) AS bytes,
+                array_agg(i.xid ORDER BY i.seq) AS xids,
+                array_agg(i.seq ORDER BY i.seq) AS seqs,
+                CASE WHEN count(i.key) > 0 THEN array_agg(postbox.key_hash(i.key) ORDER BY i.seq) END AS keys
+            FROM islands i
+            GROUP BY i.topic, i.island, i.n / 1024
+        ),
+        topics AS MATERIALIZED (
+            SELECT p.topic, sum(p.count)::bigint AS messages, postbox.next_offset(p.topic) AS next_offset FROM pieces p GROUP BY p.topic
+        ),
+        first_seen AS (
+            INSERT INTO postbox.topic (name) SELECT t.topic FROM topics t WHERE t.next_offset = 0 ON CONFLICT DO NOTHING
+        ),
+        appended AS (
+            INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
+            SELECT p.slot, p.topic, t.next_offset + p.first, p.count, p.bytes, p.xids, p.seqs, p.keys
+            FROM pieces p JOIN topics t ON t.topic = p.topic
+        )
+        SELECT array_agg(t.topic), array_agg(t.next_offset + t.messages), array_agg(t.messages), pg_current_snapshot(),
+            coalesce((SELECT id FROM tick), last_tick), coalesce(sum(t.messages), 0)
+        INTO topics, heads, counts, last_look, last_tick, messages FROM topics t;
+    END IF;
 
     -- Every consumer that is there to be woken holds this shared; held to the commit here, so that one which comes
     -- meanwhile waits and then looks.
     IF topics IS NOT NULL AND NOT pg_try_advisory_xact_lock(1347571761, 3) THEN
         -- A name that a plain INSERT got past the alphabet is found by the poll.
-        SELECT string_agg(t.topic || ' ' || t.head, ' ') INTO told FROM unnest(topics, heads) AS t (topic, head)
+        SELECT coalesce(string_agg(concat_ws(' ', t.topic, t.head, place), ' '), '') INTO news FROM unnest(topics, heads) AS t (topic, head)
         WHERE t.topic !~ '[^A-Za-z0-9._:/-]';
-        PERFORM pg_notify('postbox_segment', CASE WHEN octet_length(told) < 7000 AND told <> '' THEN told ELSE '' END);
+        IF octet_length(news) > 7000 THEN
+            news := '';
+        END IF;
+        PERFORM pg_notify('postbox_segment', news);
     END IF;
 END $$;
 COMMENT ON FUNCTION postbox.step IS
-    'One step of the sequencer: gives every message that became visible since the last step its offset, and says which topics have new heads. A caller that passes back what it was returned saves looking up the last tick. Any number may call it at once. Fails (PB002) in a database that was restored from another cluster, until postbox.rebase().';
+    'One step of the sequencer: gives every message that became visible since the last step its offset, and says which topics have new heads. A caller that passes back what it was returned saves looking that up. news is what consumers are told: topic, head, and where the messages are or -, for each topic; empty if that is too much. Any number may call it at once. Fails (PB002) in a database that was restored from another cluster, until postbox.rebase().';
 
 CREATE FUNCTION postbox.sequence() RETURNS TABLE (topic text, head bigint, messages bigint)
     LANGUAGE sql VOLATILE AS $$

@@ -43,6 +43,8 @@ mod journal;
 mod lane;
 #[doc(hidden)]
 pub mod link;
+#[doc(hidden)]
+pub mod news;
 mod pace;
 mod process;
 mod progress;

@@ -12,7 +12,7 @@ use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -21,6 +21,7 @@ use crate::error::Error;
 use crate::executor::{Claim, Command, Event, Executor, Membership};
 use crate::lane::{LaneRow, OwnedLane, plan};
 use crate::link;
+use crate::news::{self, Desk};
 use crate::pace::{PaceSettings, Pacer};
 use crate::process::Process;
 use crate::progress::{Dirty, Lease, Progress, Snapshot};
@@ -50,6 +51,9 @@ pub(crate) struct Session {
     /// Holds the session's one connection; closing it ends the session.
     pool: PgPool,
     listener: PgListener,
+    /// From a dispatcher in this process, for as long as the desk is kept.
+    news: broadcast::Receiver<Arc<str>>,
+    _desk: Desk,
     lease: Arc<Lease>,
     lease_span: Duration,
     heartbeat_at: Instant,
@@ -228,6 +232,7 @@ impl Session {
                 }
             })
             .collect();
+        let desk = Desk::of(&mut listener).await?;
         let former = process.former.clone();
         process.former.insert(id);
         debug!(consumer = id, "session opened");
@@ -235,6 +240,8 @@ impl Session {
             id,
             name: process.settings.name.clone(),
             pool,
+            news: desk.listen(),
+            _desk: desk,
             listener,
             lease,
             lease_span,
@@ -284,13 +291,19 @@ impl Session {
                 () = token.cancelled() => return Ok(()),
                 notification = self.listener.try_recv() => match notification? {
                     Some(notification) => {
-                        if !tell_heads(process, notification.payload()) {
+                        if !tell(process, notification.payload()) {
                             self.looks = 0;
                             next_look = Instant::now();
                         }
                     }
                     None => return Err(Lost("the connection was closed".to_owned())),
                 },
+                told = self.news.recv() => {
+                    // It comes from the server, too.
+                    if let Ok(news) = told {
+                        tell(process, &news);
+                    }
+                }
                 Some(event) = self.events.recv() => {
                     if let Event::Released { subscription, snapshot } = event {
                         // What became of their messages goes first.
@@ -654,15 +667,14 @@ fn own_lease(lease: Duration) -> Duration {
     lease.mul_f64(0.7)
 }
 
-/// What the heads are, from the sequencer's notification; `false` if it does not say.
-fn tell_heads(process: &Process, payload: &str) -> bool {
-    let mut words = payload.split(' ');
-    while let (Some(topic), Some(head)) = (words.next(), words.next()) {
-        if let (Some(log), Ok(head)) = (process.logs.get(topic), head.parse()) {
-            log.set_head(head);
+/// Passes the sequencer's news on; `false` if it does not say what is new.
+fn tell(process: &Process, news: &str) -> bool {
+    for (topic, head, segment) in news::topics(news) {
+        if let Some(log) = process.logs.get(topic) {
+            log.learn(head, segment);
         }
     }
-    !payload.is_empty()
+    !news.is_empty()
 }
 
 /// What this instance says of itself.

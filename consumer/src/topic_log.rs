@@ -72,6 +72,14 @@ impl TopicLog {
             .send_if_modified(|known| std::mem::replace(known, head) != head);
     }
 
+    /// Learns of a new head, and perhaps of the segment that ends there: where the index ends where that begins, it need not be read.
+    pub(crate) fn learn(&self, head: i64, segment: Option<Segment>) {
+        if let Some(segment) = segment {
+            self.lock().extend_index(segment);
+        }
+        self.set_head(head);
+    }
+
     /// Registers lanes that somebody in this process owns; only messages in such lanes are read.
     pub(crate) fn register(&self, interest: &Arc<Interest>) {
         self.lock().interests.push(Arc::downgrade(interest));
@@ -283,6 +291,17 @@ impl TopicLog {
 }
 
 impl State {
+    fn extend_index(&mut self, segment: Segment) {
+        match self.index.last() {
+            Some(last) if last.end() != segment.base() => return,
+            Some(_) if self.index.len() >= 2 * INDEX_SEGMENTS as usize => {
+                self.index.drain(..INDEX_SEGMENTS as usize);
+            }
+            _ => {}
+        }
+        self.index.push(segment);
+    }
+
     fn keep(&mut self, block: Arc<Block>, generation: u64) {
         if generation != self.generation {
             return;

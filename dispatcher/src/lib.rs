@@ -13,6 +13,7 @@
 //! Any number may run at once; none is the leader, and losing one loses nothing. Publishing needs none: while no dispatcher runs, messages wait in the
 //! outbox.
 
+mod bell;
 mod cron;
 pub mod dead_letters;
 mod dispatcher;

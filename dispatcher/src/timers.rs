@@ -1,36 +1,21 @@
 //! When to look for what is due: just when the next is, at once when something is scheduled that is due sooner, seldom when nothing happens.
 //!
-//! The bell is the sequencer's with another lock; see ARCHITECTURE.md, "Time".
+//! See ARCHITECTURE.md, "Time".
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use postbox_consumer::link::{self, in_time};
 use sqlx::PgPool;
-use sqlx::postgres::PgListener;
 
+use crate::bell::{BUSY_FOR, Bell, Rush, SLEEPING_POLL, STANDBY_WAIT, Taken, WAITING_POLL};
 use crate::cron::Crons;
 use crate::promotion::{Look, Promotion};
-use crate::sequencer::closed;
 
-/// Without anything new for so long, timers that poll go to sleep.
-const BUSY_FOR: Duration = Duration::from_millis(60);
-/// How long a sleeper sleeps at most. What is due within a minute rings; this finds the rest, a clock that was changed, and lost bells.
-const SLEEPING_POLL: Duration = Duration::from_secs(1);
-/// One that cannot sleep, because a transaction that scheduled something is still open.
-const WAITING_POLL: Duration = Duration::from_millis(20);
-/// Another dispatcher's timers are at the bell; these step in when something has been due for so long.
-const STANDBY_WAIT: Duration = Duration::from_millis(100);
-/// So many bells within so long: from then on polling is cheaper than being rung.
-const RUSH: (u32, Duration) = (6, Duration::from_millis(40));
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The bell of who schedules something that is due within a minute. Who does not is found by the poll, as is a clock that was changed.
+const BELL: i32 = 5;
 
-const TAKE_BELL: &str = "SELECT pg_try_advisory_lock(1347571761, 5)";
-const GIVE_BELL: &str = "SELECT pg_advisory_unlock(1347571761, 5)";
-const BELL_IS_TAKEN: &str = "SELECT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 1347571761 \
-     AND l.objid = 5 AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock' \
-     AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()))";
+const CRON_CHANNEL: &str = "postbox_cron";
 
 /// Unlike the sequencer's steps these commit durably: a message that was promoted again after a crash of the server would come to a broadcast
 /// from memory a second time.
@@ -52,9 +37,7 @@ impl Counters {
 }
 
 pub(crate) struct Timers {
-    listener: PgListener,
-    // Holds the one connection.
-    _pool: PgPool,
+    bell: Bell,
     tick: Duration,
     counters: Arc<Counters>,
     promotion: Promotion,
@@ -69,15 +52,9 @@ impl Timers {
         tick: Duration,
         counters: Arc<Counters>,
     ) -> Result<Self, sqlx::Error> {
-        let channels = ["postbox_scheduled", "postbox_cron"];
-        let options = (*pool.connect_options())
-            .clone()
-            .application_name("postbox timers");
-        let (mut listener, own) = link::open(options, &channels, STATEMENT_TIMEOUT).await?;
-        sqlx::raw_sql(SETTINGS).execute(&mut listener).await?;
+        let channels = ["postbox_scheduled", CRON_CHANNEL];
         Ok(Self {
-            listener,
-            _pool: own,
+            bell: Bell::connect(pool, BELL, "postbox timers", &channels, SETTINGS).await?,
             tick,
             counters,
             promotion: Promotion::default(),
@@ -107,52 +84,36 @@ impl Timers {
                 tokio::time::sleep(self.tick).await;
             }
         }
-        let taken = sqlx::query_scalar(TAKE_BELL).fetch_one(&mut self.listener);
-        if in_time(STATEMENT_TIMEOUT, taken).await? {
-            return self.sleep().await;
+        match self.bell.take().await? {
+            Taken::Mine => self.sleep().await,
+            Taken::Others => self.stand_by().await,
+            Taken::Busy => {
+                let look = self.look().await?;
+                if !look.is_full {
+                    tokio::time::sleep(WAITING_POLL.min(self.pause(&look))).await;
+                }
+                Ok(())
+            }
         }
-        let others = sqlx::query_scalar(BELL_IS_TAKEN).fetch_one(&mut self.listener);
-        if in_time(STATEMENT_TIMEOUT, others).await? {
-            return self.stand_by().await;
-        }
-        let look = self.look().await?;
-        if !look.is_full {
-            tokio::time::sleep(WAITING_POLL.min(self.pause(&look))).await;
-        }
-        Ok(())
     }
 
     /// Holds the bell, so that everyone who schedules something for soon rings, and looks when one does or something is due.
     async fn sleep(&mut self) -> Result<(), sqlx::Error> {
-        let mut rings = 0;
-        let mut since = Instant::now();
+        let mut rush = Rush::new();
         loop {
             // Everyone who did not ring has committed, so the first of these looks sees what they scheduled.
             let look = self.look().await?;
-            if look.is_full {
-                continue;
-            }
-            if self.ring(self.pause(&look)).await? {
-                rings += 1;
-                if rings >= RUSH.0 {
-                    if since.elapsed() < RUSH.1 {
-                        break;
-                    }
-                    rings = 0;
-                    since = Instant::now();
-                }
+            if !look.is_full && rush.is_on_with(self.rings(self.pause(&look)).await?) {
+                return self.bell.give().await;
             }
         }
-        let given = sqlx::query(GIVE_BELL).execute(&mut self.listener);
-        in_time(STATEMENT_TIMEOUT, given).await?;
-        Ok(())
     }
 
     /// Another dispatcher's timers are at the bell: steps in when they do not answer, and tries to take their place.
     async fn stand_by(&mut self) -> Result<(), sqlx::Error> {
         let look = self.look().await?;
         let due_in = look.due_in.unwrap_or(SLEEPING_POLL) + STANDBY_WAIT;
-        if self.ring(due_in.min(SLEEPING_POLL)).await? {
+        if self.rings(due_in.min(SLEEPING_POLL)).await? > 0 {
             tokio::time::sleep(STANDBY_WAIT).await;
         }
         Ok(())
@@ -170,32 +131,25 @@ impl Timers {
         due_in.min(cron_in).max(least).min(SLEEPING_POLL)
     }
 
-    /// Waits for a notification; `false` after `at_most`.
-    async fn ring(&mut self, at_most: Duration) -> Result<bool, sqlx::Error> {
-        let first = match tokio::time::timeout(at_most, self.listener.try_recv()).await {
-            Ok(Ok(Some(notification))) => notification,
-            Ok(Ok(None)) => return Err(closed()),
-            Ok(Err(error)) => return Err(error),
-            Err(_) => return Ok(false),
-        };
-        let mut next = Some(first);
-        while let Some(notification) = next {
-            if notification.channel() == "postbox_cron" {
-                self.cron_at = Instant::now();
+    /// Waits for a ring; how many there are by then.
+    async fn rings(&mut self, at_most: Duration) -> Result<u32, sqlx::Error> {
+        let cron_at = &mut self.cron_at;
+        let hear = |notification: &sqlx::postgres::PgNotification| {
+            if notification.channel() == CRON_CHANNEL {
+                *cron_at = Instant::now();
             }
-            next = self.listener.next_buffered();
-        }
-        Ok(true)
+        };
+        self.bell.rings(at_most, hear).await
     }
 
     /// Promotes a batch of what is due, and fires what is due.
     async fn look(&mut self) -> Result<Look, sqlx::Error> {
         if self.cron_at <= Instant::now() {
-            let (fired, due_in) = self.crons.step(&mut self.listener).await?;
+            let (fired, due_in) = self.crons.step(&mut self.bell.connection).await?;
             self.counters.fired.fetch_add(fired, Ordering::Relaxed);
             self.cron_at = Instant::now() + due_in.unwrap_or(SLEEPING_POLL).min(SLEEPING_POLL);
         }
-        let look = self.promotion.step(&mut self.listener).await?;
+        let look = self.promotion.step(&mut self.bell.connection).await?;
         self.counters
             .promoted
             .fetch_add(look.promoted.unsigned_abs(), Ordering::Relaxed);

@@ -31,6 +31,32 @@ pub struct Segment {
 }
 
 impl Segment {
+    /// What `postbox.step` writes of a segment that ends at `head`: slot, bytes, xids, seqs and hashes of keys; `None` if it is anything else.
+    #[doc(hidden)]
+    pub fn parse(head: i64, place: &str) -> Option<Self> {
+        fn numbers<T: std::str::FromStr>(list: &str) -> Option<Vec<T>> {
+            list.split(',').map(|number| number.parse().ok()).collect()
+        }
+        let mut parts = place.split(':');
+        let (slot, bytes) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+        let xids: Vec<Xid> = numbers(parts.next()?)?.into_iter().map(Xid).collect();
+        let seqs: Vec<i64> = numbers(parts.next()?)?;
+        let keys = parts.next()?.split(',').map(|key| match key {
+            "-" => Some(None),
+            hash => hash.parse().ok().map(Some),
+        });
+        let keys: Vec<Option<i32>> = keys.collect::<Option<_>>()?;
+        let complete = xids.len() == seqs.len() && keys.len() == seqs.len() && parts.next().is_none();
+        complete.then(|| Self {
+            base: head - seqs.len() as i64,
+            slot,
+            bytes,
+            xids,
+            seqs,
+            keys: Some(keys),
+        })
+    }
+
     /// Offset of its first message.
     pub fn base(&self) -> Offset {
         Offset::new(self.base)

@@ -57,7 +57,10 @@ impl Executor {
         let log = self.log.clone();
         let wait = Duration::from_millis(50) * failures.min(40);
         let result = async move {
-            tokio::time::sleep(wait).await;
+            // A sleep of nothing takes until the timer's next millisecond.
+            if failures > 0 {
+                tokio::time::sleep(wait).await;
+            }
             if again {
                 log.read_again(from).await
             } else {
@@ -197,7 +200,10 @@ impl Executor {
                 .store(self.streams[n].next, Ordering::Relaxed);
         }
         if self.streams[n].next >= block.end() {
-            self.streams[n].block = None;
+            let stream = &mut self.streams[n];
+            stream.block = None;
+            // A read would find nothing.
+            stream.at_head = stream.next == *self.head.borrow();
         }
         taken > 0
     }

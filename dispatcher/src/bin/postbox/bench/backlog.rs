@@ -24,7 +24,7 @@ const CLIENTS: usize = 4;
 pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<Vec<Report>> {
     let (clients, span) = (ground.settings.clients(), ground.settings.span(3));
     ground.progress.begin("backlog", 5);
-    ground.dispatch_elsewhere().await;
+    ground.dispatch_elsewhere().await?;
     let dispatcher = Process::dispatcher(ground).await?;
 
     let few = ground.topic("backlog");

@@ -1,0 +1,85 @@
+//! What the sequencer says after a step: which topics have new heads, and where their newest messages are.
+//!
+//! It reaches every session through the server, and those in the dispatcher's own process at once. Not part of the API.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+
+use postbox::log::Segment;
+use sqlx::PgExecutor;
+use tokio::sync::broadcast;
+
+/// News that a session has not taken up yet; one that misses some looks at everything, as if a notification were lost.
+const BACKLOG: usize = 64;
+
+/// Dispatchers and consumers of this process that are connected to the same database of the same server since its last start.
+static DESKS: LazyLock<Mutex<HashMap<String, Weak<broadcast::Sender<Arc<str>>>>>> = LazyLock::new(Mutex::default);
+
+/// After a restart the server may not have what was told before, so what is told goes to those only who are connected to the same run of it.
+const PLACE: &str = "SELECT concat_ws(' ', postbox.system_identifier(), pg_postmaster_start_time(), \
+     (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()))";
+
+/// Where dispatchers of this process tell sessions of this process.
+pub struct Desk(Arc<broadcast::Sender<Arc<str>>>);
+
+impl Desk {
+    /// The one for the database at the other end.
+    pub async fn of(connection: impl PgExecutor<'_>) -> Result<Self, sqlx::Error> {
+        let place: String = sqlx::query_scalar(PLACE).fetch_one(connection).await?;
+        let mut desks = DESKS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sender) = desks.get(&place).and_then(Weak::upgrade) {
+            return Ok(Self(sender));
+        }
+        desks.retain(|_, sender| sender.strong_count() > 0);
+        let sender = Arc::new(broadcast::Sender::new(BACKLOG));
+        desks.insert(place, Arc::downgrade(&sender));
+        Ok(Self(sender))
+    }
+
+    /// Tells it to those who listen.
+    pub fn tell(&self, news: &str) {
+        // Nobody may be there.
+        let _ = self.0.send(news.into());
+    }
+
+    pub(crate) fn listen(&self) -> broadcast::Receiver<Arc<str>> {
+        self.0.subscribe()
+    }
+}
+
+/// The topics of a piece of news, as `postbox.step` writes it, with their heads, and the newest segment where it is said. None: anything may be new.
+pub(crate) fn topics(news: &str) -> impl Iterator<Item = (&str, i64, Option<Segment>)> {
+    let mut words = news.split(' ');
+    std::iter::from_fn(move || {
+        let (topic, head, place) = (words.next()?, words.next()?.parse().ok()?, words.next()?);
+        Some((topic, head, Segment::parse(head, place)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use postbox::Offset;
+
+    use super::topics;
+
+    #[test]
+    fn news_is_of_topics_with_their_heads_and_perhaps_a_segment() {
+        let news = "orders 17 2:120:7001,7002:55,56:-,1234 a:b/c 3 -";
+        let all: Vec<_> = topics(news).collect();
+        let [("orders", 17, Some(segment)), ("a:b/c", 3, None)] = all.as_slice() else {
+            panic!("{all:?}");
+        };
+        assert_eq!((segment.base(), segment.end()), (Offset::new(15), Offset::new(17)));
+        assert_eq!((segment.key_hash(Offset::new(15)), segment.key_hash(Offset::new(16))), (None, Some(1234)));
+        assert_eq!(segment.mean_bytes(), 60);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_no_segment() {
+        for place in ["", "-", "2", "2:120:1:2,3:-,-", "2:x:1:2:-", "2:1:::", "2:1:1:2:-:"] {
+            let news = format!("orders 17 {place}");
+            assert!(topics(&news).all(|(.., segment)| segment.is_none()), "{place:?}");
+        }
+        assert_eq!(topics("").count(), 0);
+    }
+}

@@ -1,0 +1,143 @@
+//! The bell: how one that polls falls asleep without missing who needs it. Why none is missed is in ARCHITECTURE.md, "The bell".
+
+use std::time::{Duration, Instant};
+
+use postbox_consumer::link::{self, in_time};
+use sqlx::PgPool;
+use sqlx::postgres::{PgListener, PgNotification};
+
+/// Without work for so long, one that polls goes to sleep.
+pub(crate) const BUSY_FOR: Duration = Duration::from_millis(60);
+/// How long a sleeper sleeps at most: for what does not ring, and for a ring that was lost with a connection.
+pub(crate) const SLEEPING_POLL: Duration = Duration::from_secs(1);
+/// The pause of one that cannot sleep, because somebody who did not ring has not ended his transaction.
+pub(crate) const WAITING_POLL: Duration = Duration::from_millis(20);
+/// Another dispatcher is at the bell, so this one only steps in if that one does not answer for so long.
+pub(crate) const STANDBY_WAIT: Duration = Duration::from_millis(100);
+/// So many rings within so long: from then on polling is cheaper than being rung.
+const RUSH: (u32, Duration) = (6, Duration::from_millis(40));
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Whoever can take it exclusively has nobody in flight who thinks him awake.
+const TAKE: &str = "SELECT pg_try_advisory_lock(1347571761, $1)";
+const GIVE: &str = "SELECT pg_advisory_unlock(1347571761, $1)";
+
+/// Whether another dispatcher sleeps there.
+const IS_TAKEN: &str = "SELECT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 1347571761 \
+     AND l.objid = $1::oid AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock' \
+     AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()))";
+
+/// A connection that hears a bell's rings; everything that must not outlive its hold on the bell goes through it.
+pub(crate) struct Bell {
+    lock: i32,
+    pub(crate) connection: PgListener,
+    // Holds the one connection.
+    _pool: PgPool,
+}
+
+/// What came of an attempt to take it.
+pub(crate) enum Taken {
+    /// Everybody rings from now on, and who did not has committed.
+    Mine,
+    /// Another dispatcher sleeps there.
+    Others,
+    /// Somebody who did not ring is in flight.
+    Busy,
+}
+
+impl Bell {
+    /// Connects under this application name, sets `settings`, and hears these channels. `lock` is the bell's advisory lock in class 1347571761.
+    pub(crate) async fn connect(
+        pool: &PgPool,
+        lock: i32,
+        name: &str,
+        channels: &[&str],
+        settings: &'static str,
+    ) -> Result<Self, sqlx::Error> {
+        let options = (*pool.connect_options()).clone().application_name(name);
+        let (mut connection, own) = link::open(options, channels, STATEMENT_TIMEOUT).await?;
+        sqlx::raw_sql(settings).execute(&mut connection).await?;
+        Ok(Self {
+            lock,
+            connection,
+            _pool: own,
+        })
+    }
+
+    pub(crate) async fn take(&mut self) -> Result<Taken, sqlx::Error> {
+        if self.ask(TAKE).await? {
+            return Ok(Taken::Mine);
+        }
+        Ok(if self.ask(IS_TAKEN).await? {
+            Taken::Others
+        } else {
+            Taken::Busy
+        })
+    }
+
+    pub(crate) async fn give(&mut self) -> Result<(), sqlx::Error> {
+        self.ask(GIVE).await?;
+        Ok(())
+    }
+
+    async fn ask(&mut self, statement: &'static str) -> Result<bool, sqlx::Error> {
+        let answer = sqlx::query_scalar(statement)
+            .bind(self.lock)
+            .fetch_one(&mut self.connection);
+        in_time(STATEMENT_TIMEOUT, answer).await
+    }
+
+    /// Waits for a ring, for so long at most; how many there are by then. One look answers all of them.
+    pub(crate) async fn rings(
+        &mut self,
+        at_most: Duration,
+        mut hear: impl FnMut(&PgNotification),
+    ) -> Result<u32, sqlx::Error> {
+        let first = match tokio::time::timeout(at_most, self.connection.try_recv()).await {
+            Ok(Ok(Some(notification))) => notification,
+            Ok(Ok(None)) => return Err(closed()),
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Ok(0),
+        };
+        hear(&first);
+        let mut rings = 1;
+        while let Some(notification) = self.connection.next_buffered() {
+            hear(&notification);
+            rings += 1;
+        }
+        Ok(rings)
+    }
+}
+
+/// Whether rings come in a rush.
+pub(crate) struct Rush {
+    rings: u32,
+    since: Instant,
+}
+
+impl Rush {
+    pub(crate) fn new() -> Self {
+        Self {
+            rings: 0,
+            since: Instant::now(),
+        }
+    }
+
+    /// Each counts, also those that come while a look is slow.
+    pub(crate) fn is_on_with(&mut self, rings: u32) -> bool {
+        self.rings += rings;
+        if self.rings < RUSH.0 {
+            return false;
+        }
+        let is_on = self.since.elapsed() < RUSH.1;
+        *self = Self::new();
+        is_on
+    }
+}
+
+fn closed() -> sqlx::Error {
+    sqlx::Error::Io(std::io::Error::new(
+        std::io::ErrorKind::UnexpectedEof,
+        "the server closed the connection",
+    ))
+}
