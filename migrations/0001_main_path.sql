@@ -450,12 +450,13 @@ COMMENT ON SEQUENCE postbox.tick_id IS
 
 CREATE FUNCTION postbox.step(
     INOUT last_tick bigint, INOUT last_look pg_snapshot, INOUT last_topic text DEFAULT NULL, INOUT last_head bigint DEFAULT NULL,
-    OUT messages bigint, OUT topics text[], OUT heads bigint[], OUT counts bigint[], OUT news text
+    wanted_bytes integer DEFAULT NULL,
+    OUT messages bigint, OUT topics text[], OUT heads bigint[], OUT counts bigint[], OUT news text, OUT rows postbox.outbox[]
 )
     LANGUAGE plpgsql
     -- Plans made while the tables were empty would scan sequentially for ever; and the cost that enable_seqscan adds
     -- switches JIT on, which takes hundreds of milliseconds.
-    SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
 DECLARE
     newest    bigint;
@@ -505,11 +506,14 @@ BEGIN
     -- more than it must to tell, and is the same: what is visible to this statement's snapshot, which the tick records, and was not to the last.
     IF last_xip = '{}' THEN
         SELECT count(*) AS count, min(f.topic) AS topic, max(f.topic) AS other_topic, min(f.slot) AS slot, max(f.slot) AS other_slot,
-            sum(f.bytes) AS bytes, array_agg(f.xid ORDER BY f.seq) AS xids, array_agg(f.seq ORDER BY f.seq) AS seqs,
-            count(f.key) AS keyed, array_agg(postbox.key_hash(f.key) ORDER BY f.seq) AS keys, pg_current_snapshot() AS look INTO few
+            sum(f.bytes) AS bytes, array_agg(f.xid) AS xids, array_agg(f.seq) AS seqs, count(f.key) AS keyed,
+            array_agg(postbox.key_hash(f.key)) AS keys, array_agg(f.o) FILTER (WHERE f.bytes <= wanted_bytes) AS rows, pg_current_snapshot() AS look
+        INTO few
         FROM (
-            SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
-            WHERE o.xid >= last_xmax LIMIT 65
+            SELECT g.* FROM (
+                SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes, o FROM postbox.outbox o
+                WHERE o.xid >= last_xmax LIMIT 65
+            ) g ORDER BY g.seq
         ) f;
         IF few.count = 0 THEN
             last_look := few.look;
@@ -536,6 +540,9 @@ BEGIN
         counts := ARRAY[messages];
         place := concat_ws(':', few.slot, few.bytes, array_to_string(few.xids, ','), array_to_string(few.seqs, ','),
             array_to_string(few.keys, ',', '-'));
+        IF cardinality(few.rows) = few.count THEN
+            rows := few.rows;
+        END IF;
     ELSE
         last_topic := NULL;
         WITH

@@ -4,12 +4,15 @@ use std::sync::Arc;
 
 use postbox::log::StoredMessage;
 
+/// What a message takes in memory beside its payload, roughly.
+pub(crate) const MESSAGE_OVERHEAD: usize = 160;
+
 /// Consecutive offsets of a topic.
 pub(crate) struct Block {
     /// Offset of the first entry.
     pub(crate) base: i64,
     pub(crate) entries: Vec<Entry>,
-    /// Sum of the payload lengths.
+    /// What it takes in memory.
     pub(crate) bytes: usize,
 }
 
@@ -23,6 +26,15 @@ pub(crate) enum Entry {
 }
 
 impl Block {
+    /// Of messages that have consecutive offsets from `base` on.
+    pub(crate) fn of(base: i64, messages: &[StoredMessage]) -> Self {
+        Self {
+            base,
+            bytes: messages.iter().map(|message| message.payload.len() + MESSAGE_OVERHEAD).sum(),
+            entries: messages.iter().cloned().map(Entry::Message).collect(),
+        }
+    }
+
     /// The hash of the key of the entry at `index`.
     pub(crate) fn key_hash(&self, index: usize) -> Option<i32> {
         match &self.entries[index] {

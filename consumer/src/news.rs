@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
-use postbox::log::Segment;
+use postbox::log::{Segment, StoredMessage};
 use sqlx::PgExecutor;
 use tokio::sync::broadcast;
 
@@ -13,14 +13,25 @@ use tokio::sync::broadcast;
 const BACKLOG: usize = 64;
 
 /// Dispatchers and consumers of this process that are connected to the same database of the same server since its last start.
-static DESKS: LazyLock<Mutex<HashMap<String, Weak<broadcast::Sender<Arc<str>>>>>> = LazyLock::new(Mutex::default);
+static DESKS: LazyLock<Mutex<HashMap<String, Weak<broadcast::Sender<Arc<News>>>>>> = LazyLock::new(Mutex::default);
 
-/// After a restart the server may not have what was told before, so what is told goes to those only who are connected to the same run of it.
+/// After a crash the server may not have what was told before, so what is told goes to those only who are connected to the same run of it: a crash
+/// ends all its processes.
 const PLACE: &str = "SELECT concat_ws(' ', postbox.system_identifier(), pg_postmaster_start_time(), \
+     (SELECT a.pid FROM pg_stat_get_activity(NULL) a WHERE a.backend_type = 'checkpointer'), \
      (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()))";
 
+/// What a step found.
+#[derive(Debug)]
+pub struct News {
+    /// As `postbox.step` writes it.
+    pub text: String,
+    /// The messages of the one segment of which it tells, where a dispatcher got them with the step.
+    pub messages: Option<Vec<StoredMessage>>,
+}
+
 /// Where dispatchers of this process tell sessions of this process.
-pub struct Desk(Arc<broadcast::Sender<Arc<str>>>);
+pub struct Desk(Arc<broadcast::Sender<Arc<News>>>);
 
 impl Desk {
     /// The one for the database at the other end.
@@ -37,18 +48,23 @@ impl Desk {
     }
 
     /// Tells it to those who listen.
-    pub fn tell(&self, news: &str) {
+    pub fn tell(&self, news: News) {
         // Nobody may be there.
-        let _ = self.0.send(news.into());
+        let _ = self.0.send(Arc::new(news));
     }
 
-    pub(crate) fn listen(&self) -> broadcast::Receiver<Arc<str>> {
+    /// Whether anybody listens.
+    pub fn is_attended(&self) -> bool {
+        self.0.receiver_count() > 0
+    }
+
+    pub(crate) fn listen(&self) -> broadcast::Receiver<Arc<News>> {
         self.0.subscribe()
     }
 }
 
-/// The topics of a piece of news, as `postbox.step` writes it, with their heads, and the newest segment where it is said. None: anything may be new.
-pub(crate) fn topics(news: &str) -> impl Iterator<Item = (&str, i64, Option<Segment>)> {
+/// The topics of the text of news, with their heads, and the newest segment where it is said. None: anything may be new.
+pub fn topics(news: &str) -> impl Iterator<Item = (&str, i64, Option<Segment>)> {
     let mut words = news.split(' ');
     std::iter::from_fn(move || {
         let (topic, head, place) = (words.next()?, words.next()?.parse().ok()?, words.next()?);

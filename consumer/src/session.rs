@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
+use postbox::log::StoredMessage;
 use serde::Deserialize;
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
@@ -21,7 +22,7 @@ use crate::error::Error;
 use crate::executor::{Claim, Command, Event, Executor, Membership};
 use crate::lane::{LaneRow, OwnedLane, plan};
 use crate::link;
-use crate::news::{self, Desk};
+use crate::news::{self, Desk, News};
 use crate::pace::{PaceSettings, Pacer};
 use crate::process::Process;
 use crate::progress::{Dirty, Lease, Progress, Snapshot};
@@ -52,7 +53,7 @@ pub(crate) struct Session {
     pool: PgPool,
     listener: PgListener,
     /// From a dispatcher in this process, for as long as the desk is kept.
-    news: broadcast::Receiver<Arc<str>>,
+    news: broadcast::Receiver<Arc<News>>,
     _desk: Desk,
     lease: Arc<Lease>,
     lease_span: Duration,
@@ -291,7 +292,7 @@ impl Session {
                 () = token.cancelled() => return Ok(()),
                 notification = self.listener.try_recv() => match notification? {
                     Some(notification) => {
-                        if !tell(process, notification.payload()) {
+                        if !tell(process, notification.payload(), None) {
                             self.looks = 0;
                             next_look = Instant::now();
                         }
@@ -301,7 +302,7 @@ impl Session {
                 told = self.news.recv() => {
                     // It comes from the server, too.
                     if let Ok(news) = told {
-                        tell(process, &news);
+                        tell(process, &news.text, news.messages.as_deref());
                     }
                 }
                 Some(event) = self.events.recv() => {
@@ -668,13 +669,13 @@ fn own_lease(lease: Duration) -> Duration {
 }
 
 /// Passes the sequencer's news on; `false` if it does not say what is new.
-fn tell(process: &Process, news: &str) -> bool {
-    for (topic, head, segment) in news::topics(news) {
+fn tell(process: &Process, text: &str, messages: Option<&[StoredMessage]>) -> bool {
+    for (topic, head, segment) in news::topics(text) {
         if let Some(log) = process.logs.get(topic) {
-            log.learn(head, segment);
+            log.learn(head, segment, messages);
         }
     }
-    !news.is_empty()
+    !text.is_empty()
 }
 
 /// What this instance says of itself.

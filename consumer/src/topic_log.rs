@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use postbox::Offset;
-use postbox::log::{self, Segment};
+use postbox::log::{self, Segment, StoredMessage};
 use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, PgPool, Postgres};
 use tokio::sync::watch;
 
-use crate::block::{Block, Entry};
+use crate::block::{Block, Entry, MESSAGE_OVERHEAD};
 use crate::lane::lane_of;
 
 /// Most messages in a block.
@@ -21,9 +21,7 @@ const BLOCK_MESSAGES: i64 = 1024;
 const BLOCK_BYTES: usize = 2 * 1024 * 1024;
 /// Blocks kept for groups that come behind.
 const CACHE_BYTES: usize = 8 * 1024 * 1024;
-const CACHE_BLOCKS: usize = 16;
-/// What a message takes in memory beside its payload, roughly.
-const MESSAGE_OVERHEAD: usize = 160;
+const CACHE_BLOCKS: usize = 64;
 /// Segments read at once: an index of up to 65,536 messages.
 const INDEX_SEGMENTS: i64 = 64;
 
@@ -72,10 +70,15 @@ impl TopicLog {
             .send_if_modified(|known| std::mem::replace(known, head) != head);
     }
 
-    /// Learns of a new head, and perhaps of the segment that ends there: where the index ends where that begins, it need not be read.
-    pub(crate) fn learn(&self, head: i64, segment: Option<Segment>) {
+    /// Learns of a new head, and perhaps of the segment that ends there, and its messages: these need not be read then.
+    pub(crate) fn learn(&self, head: i64, segment: Option<Segment>, messages: Option<&[StoredMessage]>) {
         if let Some(segment) = segment {
-            self.lock().extend_index(segment);
+            let mut state = self.lock();
+            if let Some(messages) = messages {
+                let generation = state.generation;
+                state.keep(Arc::new(Block::of(segment.base().get(), messages)), generation);
+            }
+            state.extend_index(segment);
         }
         self.set_head(head);
     }

@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use postbox_consumer::link::in_time;
-use postbox_consumer::news::Desk;
-use sqlx::PgPool;
+use postbox::log;
+use postbox_consumer::news::{self, Desk, News};
+use sqlx::postgres::PgRow;
+use sqlx::{FromRow, PgPool, Row};
 
 use crate::bell::{BUSY_FOR, Bell, Rush, SLEEPING_POLL, STANDBY_WAIT, Taken, WAITING_POLL};
 
@@ -50,13 +52,8 @@ struct Last {
     last_head: Option<i64>,
 }
 
-#[derive(sqlx::FromRow)]
-struct Step {
-    #[sqlx(flatten)]
-    last: Last,
-    messages: i64,
-    news: Option<String>,
-}
+/// For consumers in this process a few small messages come with the step; larger ones are read by who needs them.
+const SMALL: i32 = 8 * 1024;
 
 /// The bell of who publishes.
 const BELL: i32 = 2;
@@ -65,7 +62,11 @@ const BELL: i32 = 2;
 /// the database defaults to.
 const SETTINGS: &str = "SET synchronous_commit = off; SET default_transaction_isolation = 'read committed'";
 
-const STEP: &str = "SELECT last_tick, last_look::text, last_topic, last_head, messages, news FROM postbox.step($1, $2::text::pg_snapshot, $3, $4)";
+const STEP: &str = "SELECT s.last_tick, s.last_look::text, s.last_topic, s.last_head, s.messages, s.news, \
+         r.seq, r.id, r.type, r.key, r.headers, r.content_type, r.payload, r.published_at, r.expires_at \
+     FROM postbox.step($1, $2::text::pg_snapshot, $3, $4, $5) s LEFT JOIN LATERAL unnest(s.rows) r ON true";
+/// Where the columns of messages begin.
+const ROWS: usize = 6;
 
 impl Sequencer {
     pub(crate) async fn connect(
@@ -136,16 +137,19 @@ impl Sequencer {
 
     async fn step(&mut self) -> Result<i64, sqlx::Error> {
         let last = std::mem::take(&mut self.last);
-        let step = sqlx::query_as(STEP)
+        let step = sqlx::query(STEP)
             .bind(last.last_tick)
             .bind(last.last_look)
             .bind(last.last_topic)
             .bind(last.last_head)
-            .fetch_one(&mut self.bell.connection);
-        let Step { last, messages, news } = in_time(STEP_TIMEOUT, step).await?;
-        self.last = last;
-        if let Some(news) = news {
-            self.desk.tell(&news);
+            .bind(self.desk.is_attended().then_some(SMALL))
+            .fetch_all(&mut self.bell.connection);
+        let rows = in_time(STEP_TIMEOUT, step).await?;
+        let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+        self.last = Last::from_row(first)?;
+        let messages: i64 = first.try_get("messages")?;
+        if let Some(text) = first.try_get("news")? {
+            self.desk.tell(news(text, &rows));
         }
         if messages > 0 {
             self.counters.steps.fetch_add(1, Ordering::Relaxed);
@@ -155,4 +159,12 @@ impl Sequencer {
         }
         Ok(messages)
     }
+}
+
+/// With the messages, if they came along.
+fn news(text: String, rows: &[PgRow]) -> News {
+    let segment = news::topics(&text).find_map(|(_, _, segment)| segment);
+    // Consumers read what does not come.
+    let messages = segment.and_then(|segment| log::messages_of(&segment, rows, ROWS).ok().flatten());
+    News { text, messages }
 }

@@ -157,6 +157,23 @@ pub async fn next_offset(connection: &mut PgConnection, topic: &str) -> Result<O
     Ok(Offset::new(next))
 }
 
+/// The messages of a segment, from rows that have the columns which reading asks for from column `first` on; `None` if some are not there.
+#[doc(hidden)]
+pub fn messages_of(segment: &Segment, rows: &[PgRow], first: usize) -> Result<Option<Vec<StoredMessage>>> {
+    let mut types = Types::default();
+    let mut messages = Vec::with_capacity(rows.len());
+    for row in rows {
+        let Some(seq) = row.try_get_unchecked::<Option<i64>, _>(first)? else {
+            break;
+        };
+        let Ok(n) = segment.seqs.binary_search(&seq) else { break };
+        let offset = Offset::new(segment.base + n as i64);
+        messages.push(decode(row, first, seq, offset, segment.key_hash(offset), &mut types)?);
+    }
+    messages.sort_unstable_by_key(|message| message.offset);
+    Ok((messages.len() == segment.seqs.len()).then_some(messages))
+}
+
 /// The messages of consecutive offsets from `from` to before `to`, all of which must be in `segments`; an element is `None` where
 /// the message is not wanted (`wanted` is asked with the offset and the hash of the key) or its row is gone.
 ///
@@ -283,7 +300,7 @@ impl Request {
             if let Ok(place) = places.binary_search_by_key(&seq, |place| place.0) {
                 let (_, offset, key_hash) = self.entries[places[place].1];
                 let n = start + (offset.get() - self.from) as usize;
-                found[n] = Some(decode(row, seq, offset, key_hash, types)?);
+                found[n] = Some(decode(row, 0, seq, offset, key_hash, types)?);
             }
         }
         Ok(())
@@ -312,26 +329,27 @@ impl Request {
 
 fn decode(
     row: &PgRow,
+    first: usize,
     seq: i64,
     offset: Offset,
     key_hash: Option<i32>,
     types: &mut Types,
 ) -> Result<StoredMessage> {
-    let headers: Option<sqlx::types::Json<Value>> = row.try_get_unchecked(4)?;
+    let headers: Option<sqlx::types::Json<Value>> = row.try_get_unchecked(first + 4)?;
     Ok(StoredMessage {
-        id: MessageId::from(row.try_get_unchecked::<Uuid, _>(1)?),
+        id: MessageId::from(row.try_get_unchecked::<Uuid, _>(first + 1)?),
         offset,
         seq,
         message_type: row
-            .try_get_unchecked::<Option<&str>, _>(2)?
+            .try_get_unchecked::<Option<&str>, _>(first + 2)?
             .map(|name| types.intern(name)),
-        key: row.try_get_unchecked::<Option<&str>, _>(3)?.map(Box::from),
+        key: row.try_get_unchecked::<Option<&str>, _>(first + 3)?.map(Box::from),
         key_hash,
         headers: headers.map(|object| Box::new(Headers::from_json(object.0))),
-        content_type: row.try_get_unchecked::<Option<&str>, _>(5)?.map(Box::from),
-        payload: row.try_get_unchecked::<&[u8], _>(6)?.into(),
-        published_at: row.try_get_unchecked(7)?,
-        expires_at: row.try_get_unchecked(8)?,
+        content_type: row.try_get_unchecked::<Option<&str>, _>(first + 5)?.map(Box::from),
+        payload: row.try_get_unchecked::<&[u8], _>(first + 6)?.into(),
+        published_at: row.try_get_unchecked(first + 7)?,
+        expires_at: row.try_get_unchecked(first + 8)?,
     })
 }
 

@@ -4,6 +4,7 @@ mod backlog;
 mod fanout;
 mod floor;
 mod ground;
+mod growth;
 mod held_xmin;
 mod idle;
 mod latency;
@@ -64,6 +65,8 @@ enum Bench {
     Backlog(backlog::Args),
     /// Throughput and latency while another session holds the xmin horizon: the last ten seconds against the first
     HeldXmin,
+    /// What a delivery costs with more groups, topics, keys, instances or backlog, against few
+    Growth(growth::Args),
     /// All of them, one after another
     All,
     /// A consumer that counts; what benches start as processes of their own
@@ -152,7 +155,7 @@ impl Bench {
         Ok(())
     }
 
-    fn everything() -> [Bench; 8] {
+    fn everything() -> [Bench; 9] {
         [
             Bench::Publish,
             Bench::Throughput,
@@ -162,6 +165,7 @@ impl Bench {
             Bench::Idle,
             Bench::Backlog(backlog::Args::default()),
             Bench::HeldXmin,
+            Bench::Growth(growth::Args::default()),
         ]
     }
 
@@ -175,6 +179,7 @@ impl Bench {
             Bench::Idle => "idle",
             Bench::Backlog(_) => "backlog",
             Bench::HeldXmin => "held-xmin",
+            Bench::Growth(_) => "growth",
             Bench::All | Bench::Worker(_) => "all",
         }
     }
@@ -189,6 +194,7 @@ impl Bench {
             Bench::Idle => idle::measure(ground).await,
             Bench::Backlog(args) => backlog::measure(ground, args).await,
             Bench::HeldXmin => held_xmin::measure(ground).await,
+            Bench::Growth(args) => growth::measure(ground, args).await,
             Bench::All | Bench::Worker(_) => Ok(Vec::new()),
         }
     }

@@ -18,7 +18,7 @@ pub(crate) struct Args {
     #[arg(long)]
     migrate: bool,
     /// The pause between two steps under load, 1ms to 1s: a longer one costs less a message and adds its length to the latency
-    #[arg(long, value_name = "SPAN", default_value = "10ms", value_parser = tick)]
+    #[arg(long, value_name = "SPAN", default_value = "4ms", value_parser = tick)]
     tick: Duration,
     /// How long messages are kept at least, 1m to 3650d, whoever has consumed them; stored in the database, which says 3d at first
     #[arg(long, value_name = "SPAN", value_parser = span::parse)]

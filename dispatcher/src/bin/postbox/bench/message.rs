@@ -15,6 +15,10 @@ pub(crate) fn message(topic: &str, n: u64) -> Outgoing {
     Outgoing::bytes(topic.to_owned(), JSON, PAYLOAD).key(key(n))
 }
 
+pub(crate) fn keyed(topic: &str, key: u64) -> Outgoing {
+    Outgoing::bytes(topic.to_owned(), JSON, PAYLOAD).key(key.to_string())
+}
+
 /// Without a key, with its number as its payload.
 pub(crate) fn numbered(topic: &str, n: u64) -> Outgoing {
     Outgoing::json(topic.to_owned(), &n)

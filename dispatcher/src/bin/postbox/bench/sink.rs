@@ -8,6 +8,8 @@ use anyhow::ensure;
 use postbox_consumer::{Consumer, ConsumerHandle, HandlerDefinition};
 use sqlx::PgPool;
 
+use super::ground::Ground;
+
 /// As subscriptions have by default.
 pub(crate) const LANES: i64 = 32;
 
@@ -17,29 +19,50 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Sink {
     /// For each group.
     counters: Vec<Arc<AtomicU64>>,
-    consumer: ConsumerHandle,
+    consumers: Vec<ConsumerHandle>,
+    topics: Vec<String>,
 }
 
 impl Sink {
     /// Groups with a handler that does nothing, from the first message of the topic on.
     pub(crate) async fn start(pool: PgPool, topic: &str, groups: &[String]) -> anyhow::Result<Self> {
+        Self::spread(pool, &[topic.to_owned()], groups, 1).await
+    }
+
+    /// As [`start`](Self::start), with several topics and instances.
+    pub(crate) async fn spread(
+        pool: PgPool,
+        topics: &[String],
+        groups: &[String],
+        instances: usize,
+    ) -> anyhow::Result<Self> {
         let counters: Vec<_> = groups.iter().map(|_| Arc::new(AtomicU64::new(0))).collect();
-        let handlers = groups.iter().zip(&counters).map(|(group, counter)| {
-            let counter = counter.clone();
-            HandlerDefinition::new("bench")
-                .group(group.clone())
-                .topic(topic.to_owned())
-                .call(move |_| {
-                    counter.fetch_add(1, Ordering::Relaxed);
-                    Box::pin(std::future::ready(Ok(())))
-                })
-        });
-        let consumer = Consumer::new(pool)
-            .name("postbox-bench")
-            .handlers(handlers)
-            .start()
-            .await?;
-        Ok(Self { counters, consumer })
+        let mut consumers = Vec::new();
+        for _ in 0..instances {
+            let of_groups = groups.iter().zip(&counters);
+            let handlers = of_groups.flat_map(|(group, counter)| topics.iter().map(move |topic| sink(group, topic, counter)));
+            let consumer = Consumer::new(pool.clone())
+                .name("postbox-bench")
+                .handlers(handlers)
+                .start()
+                .await?;
+            consumers.push(consumer);
+        }
+        Ok(Self {
+            counters,
+            consumers,
+            topics: topics.to_vec(),
+        })
+    }
+
+    /// Until all that is published from then on is handled at once.
+    pub(crate) async fn owns_its_lanes(&self, ground: &Ground) -> anyhow::Result<()> {
+        for topic in &self.topics {
+            ground
+                .lanes_owned(topic, LANES * self.counters.len() as i64)
+                .await?;
+        }
+        Ok(())
     }
 
     /// By all groups together.
@@ -83,6 +106,20 @@ impl Sink {
     }
 
     pub(crate) async fn stop(self) -> anyhow::Result<()> {
-        Ok(self.consumer.shutdown().await?)
+        for consumer in self.consumers {
+            consumer.shutdown().await?;
+        }
+        Ok(())
     }
+}
+
+fn sink(group: &str, topic: &str, counter: &Arc<AtomicU64>) -> HandlerDefinition {
+    let counter = counter.clone();
+    HandlerDefinition::new("bench")
+        .group(group.to_owned())
+        .topic(topic.to_owned())
+        .call(move |_| {
+            counter.fetch_add(1, Ordering::Relaxed);
+            Box::pin(std::future::ready(Ok(())))
+        })
 }
