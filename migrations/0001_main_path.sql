@@ -502,24 +502,26 @@ BEGIN
         last_xip := ARRAY(SELECT pg_snapshot_xip(last_look));
     END IF;
 
-    -- Where steps are small, most of their time is starting the statement below: a few messages of one topic do without it. This reads no
-    -- more than it must to tell, and is the same: what is visible to this statement's snapshot, which the tick records, and was not to the last.
-    IF last_xip = '{}' THEN
-        SELECT count(*) AS count, min(f.topic) AS topic, max(f.topic) AS other_topic, min(f.slot) AS slot, max(f.slot) AS other_slot,
-            sum(f.bytes) AS bytes, array_agg(f.xid) AS xids, array_agg(f.seq) AS seqs, count(f.key) AS keyed,
-            array_agg(postbox.key_hash(f.key)) AS keys, array_agg(f.o) FILTER (WHERE f.bytes <= wanted_bytes) AS rows, pg_current_snapshot() AS look
-        INTO few
-        FROM (
-            SELECT g.* FROM (
-                SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes, o FROM postbox.outbox o
-                WHERE o.xid >= last_xmax LIMIT 65
-            ) g ORDER BY g.seq
-        ) f;
-        IF few.count = 0 THEN
-            last_look := few.look;
-            RETURN;
-        END IF;
-        is_lean := few.count < 65 AND few.topic = few.other_topic AND few.slot = few.other_slot;
+    -- Where steps are small, most of their time is starting the statement below: a few messages of one topic do without it. This looks at no
+    -- more than it must to tell, and is the same: what this statement's snapshot, which the tick records, sees and the last did not.
+    SELECT count(*) AS count, min(f.topic) AS topic, max(f.topic) AS other_topic, min(f.slot) AS slot, max(f.slot) AS other_slot,
+        sum(f.bytes) AS bytes, array_agg(f.xid) AS xids, array_agg(f.seq) AS seqs, count(f.key) AS keyed,
+        array_agg(postbox.key_hash(f.key)) AS keys, array_agg(f.o) FILTER (WHERE f.bytes <= wanted_bytes) AS rows, pg_current_snapshot() AS look
+    INTO few
+    FROM (
+        SELECT g.* FROM (
+            SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes, o FROM postbox.outbox o
+            WHERE o.xid >= last_xmax LIMIT 65
+        ) g ORDER BY g.seq
+    ) f;
+    is_lean := few.count = 0 OR few.count < 65 AND few.topic = few.other_topic AND few.slot = few.other_slot;
+    IF is_lean AND last_xip <> '{}' THEN
+        -- This snapshot is newer: what it does not see, the one above did not see.
+        is_lean := NOT EXISTS (SELECT FROM postbox.outbox o WHERE o.xid = ANY (last_xip));
+    END IF;
+    IF is_lean AND few.count = 0 THEN
+        last_look := few.look;
+        RETURN;
     END IF;
     IF is_lean THEN
         last_look := few.look;

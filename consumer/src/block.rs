@@ -30,7 +30,10 @@ impl Block {
     pub(crate) fn of(base: i64, messages: &[StoredMessage]) -> Self {
         Self {
             base,
-            bytes: messages.iter().map(|message| message.payload.len() + MESSAGE_OVERHEAD).sum(),
+            bytes: messages
+                .iter()
+                .map(|message| message.payload.len() + MESSAGE_OVERHEAD)
+                .sum(),
             entries: messages.iter().cloned().map(Entry::Message).collect(),
         }
     }

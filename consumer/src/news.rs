@@ -13,7 +13,8 @@ use tokio::sync::broadcast;
 const BACKLOG: usize = 64;
 
 /// Dispatchers and consumers of this process that are connected to the same database of the same server since its last start.
-static DESKS: LazyLock<Mutex<HashMap<String, Weak<broadcast::Sender<Arc<News>>>>>> = LazyLock::new(Mutex::default);
+static DESKS: LazyLock<Mutex<HashMap<String, Weak<broadcast::Sender<Arc<News>>>>>> =
+    LazyLock::new(Mutex::default);
 
 /// After a crash the server may not have what was told before, so what is told goes to those only who are connected to the same run of it: a crash
 /// ends all its processes.
@@ -85,14 +86,31 @@ mod tests {
         let [("orders", 17, Some(segment)), ("a:b/c", 3, None)] = all.as_slice() else {
             panic!("{all:?}");
         };
-        assert_eq!((segment.base(), segment.end()), (Offset::new(15), Offset::new(17)));
-        assert_eq!((segment.key_hash(Offset::new(15)), segment.key_hash(Offset::new(16))), (None, Some(1234)));
+        assert_eq!(
+            (segment.base(), segment.end()),
+            (Offset::new(15), Offset::new(17))
+        );
+        assert_eq!(
+            (
+                segment.key_hash(Offset::new(15)),
+                segment.key_hash(Offset::new(16))
+            ),
+            (None, Some(1234))
+        );
         assert_eq!(segment.mean_bytes(), 60);
     }
 
     #[test]
     fn what_is_not_understood_is_no_segment() {
-        for place in ["", "-", "2", "2:120:1:2,3:-,-", "2:x:1:2:-", "2:1:::", "2:1:1:2:-:"] {
+        for place in [
+            "",
+            "-",
+            "2",
+            "2:120:1:2,3:-,-",
+            "2:x:1:2:-",
+            "2:1:::",
+            "2:1:1:2:-:",
+        ] {
             let news = format!("orders 17 {place}");
             assert!(topics(&news).all(|(.., segment)| segment.is_none()), "{place:?}");
         }

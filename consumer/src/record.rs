@@ -13,8 +13,7 @@ use crate::progress::{Snapshot, Unwritten};
 
 /// It may commit asynchronously: after a crash of the server an older one counts, and what was settled since is delivered again, as if it had not
 /// been written yet. Whoever waits for a disk meanwhile does not hear what is new.
-const CHECKPOINT: &str =
-    "SELECT postbox.checkpoint($1, $2, $3, $4, $5, $6, $7, $8) FROM set_config('synchronous_commit', 'off', true)";
+const CHECKPOINT: &str = "SELECT postbox.checkpoint($1, $2, $3, $4, $5, $6, $7, $8) FROM set_config('synchronous_commit', 'off', true)";
 
 /// All in one transaction, so that a message is never in two places or in none.
 const RECORD: &str = "SELECT postbox.record($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, \

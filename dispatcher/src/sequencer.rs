@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use postbox_consumer::link::in_time;
 use postbox::log;
+use postbox_consumer::link::in_time;
 use postbox_consumer::news::{self, Desk, News};
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow, PgPool, Row};

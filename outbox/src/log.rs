@@ -166,9 +166,18 @@ pub fn messages_of(segment: &Segment, rows: &[PgRow], first: usize) -> Result<Op
         let Some(seq) = row.try_get_unchecked::<Option<i64>, _>(first)? else {
             break;
         };
-        let Ok(n) = segment.seqs.binary_search(&seq) else { break };
+        let Ok(n) = segment.seqs.binary_search(&seq) else {
+            break;
+        };
         let offset = Offset::new(segment.base + n as i64);
-        messages.push(decode(row, first, seq, offset, segment.key_hash(offset), &mut types)?);
+        messages.push(decode(
+            row,
+            first,
+            seq,
+            offset,
+            segment.key_hash(offset),
+            &mut types,
+        )?);
     }
     messages.sort_unstable_by_key(|message| message.offset);
     Ok((messages.len() == segment.seqs.len()).then_some(messages))
@@ -343,10 +352,14 @@ fn decode(
         message_type: row
             .try_get_unchecked::<Option<&str>, _>(first + 2)?
             .map(|name| types.intern(name)),
-        key: row.try_get_unchecked::<Option<&str>, _>(first + 3)?.map(Box::from),
+        key: row
+            .try_get_unchecked::<Option<&str>, _>(first + 3)?
+            .map(Box::from),
         key_hash,
         headers: headers.map(|object| Box::new(Headers::from_json(object.0))),
-        content_type: row.try_get_unchecked::<Option<&str>, _>(first + 5)?.map(Box::from),
+        content_type: row
+            .try_get_unchecked::<Option<&str>, _>(first + 5)?
+            .map(Box::from),
         payload: row.try_get_unchecked::<&[u8], _>(first + 6)?.into(),
         published_at: row.try_get_unchecked(first + 7)?,
         expires_at: row.try_get_unchecked(first + 8)?,

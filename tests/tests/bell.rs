@@ -93,8 +93,9 @@ impl Ear {
         let heard = async {
             loop {
                 let notification = self.listener.recv().await.expect("a notification");
-                let head = notification.payload().strip_prefix("t ").map(str::parse);
-                if head == Some(Ok(messages)) {
+                let mut words = notification.payload().split(' ');
+                let (topic, head) = (words.next(), words.next().map(str::parse));
+                if topic == Some("t") && head == Some(Ok(messages)) {
                     return;
                 }
             }

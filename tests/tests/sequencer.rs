@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use postbox::log::{messages, segments};
+use postbox::log::{Segment, messages, segments};
 use postbox::{Offset, Outgoing, Publish};
 use postbox_dispatcher::Dispatcher;
 use postbox_testkit::{TestDatabase, TestPostgres, eventually};
@@ -469,6 +469,147 @@ async fn a_step_that_finds_nothing_writes_nothing() {
         .await;
     }
     assert_eq!(ticks().await, 1);
+}
+
+// ------------------------------------------------------------------------------------------------------ a caller that remembers
+
+/// Takes steps as a dispatcher does: passes back what the last one returned, and is handed small messages.
+#[derive(Default)]
+struct Caller {
+    tick: Option<i64>,
+    look: Option<String>,
+    topic: Option<String>,
+    head: Option<i64>,
+}
+
+/// What it returned, as far as it is not to be passed back: messages, news and payloads.
+type Stepped = (i64, Option<String>, Vec<String>);
+
+impl Caller {
+    async fn step(&mut self, db: &TestDatabase) -> Stepped {
+        let row: (
+            Option<i64>,
+            Option<String>,
+            Option<String>,
+            Option<i64>,
+            i64,
+            Option<String>,
+            Vec<String>,
+        );
+        row = sqlx::query_as(
+            "SELECT last_tick, last_look::text, last_topic, last_head, messages, news, \
+                 ARRAY(SELECT convert_from(r.payload, 'UTF8') FROM unnest(rows) r) \
+             FROM postbox.step($1, $2::text::pg_snapshot, $3, $4, 100)",
+        )
+        .bind(self.tick)
+        .bind(&self.look)
+        .bind(&self.topic)
+        .bind(self.head)
+        .fetch_one(db.pool())
+        .await
+        .expect("a step");
+        let (messages, news, rows);
+        (self.tick, self.look, self.topic, self.head, messages, news, rows) = row;
+        (messages, news, rows)
+    }
+
+    /// Takes a step that finds so many messages, all of one topic, and says where they are.
+    async fn small_step(&mut self, db: &TestDatabase, topic: &str, messages: i64) {
+        let (found, news, rows) = self.step(db).await;
+        assert_eq!(found, messages);
+        let news = news.expect("somebody wants it");
+        let [of, head, place] = news.split(' ').collect::<Vec<_>>()[..] else {
+            panic!("{news}");
+        };
+        let head: i64 = head.parse().unwrap();
+        let mut connection = db.connect().await.unwrap();
+        let stored = segments(&mut connection, topic, Offset::new(head - 1), 1)
+            .await
+            .unwrap();
+        assert_eq!(of, topic);
+        assert_eq!(stored, [Segment::parse(head, place).expect("a place")]);
+        assert_eq!(stored[0].base(), Offset::new(head - messages));
+        let texts: Vec<String> = texts(db, topic).await.split_off((head - messages) as usize);
+        let rows: Vec<String> = rows
+            .iter()
+            .map(|row| serde_json::from_str(row).unwrap())
+            .collect();
+        assert_eq!(rows, texts);
+    }
+
+    /// Takes a step that finds so many messages in the other way.
+    async fn large_step(&mut self, db: &TestDatabase, messages: i64) {
+        let (found, news, rows) = self.step(db).await;
+        assert_eq!(found, messages);
+        assert!(news.is_some_and(|news| news.ends_with(" -")));
+        assert!(rows.is_empty());
+    }
+}
+
+/// Few messages of one topic take another way through a step than many, or several topics', or those of transactions that were running at the last look.
+#[tokio::test]
+async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
+    let db = TestDatabase::new().await.unwrap();
+    let (mut one, mut other, mut ear) = (
+        db.connect().await.unwrap(),
+        db.connect().await.unwrap(),
+        db.connect().await.unwrap(),
+    );
+    run(&mut ear, "SELECT pg_advisory_lock_shared(1347571761, 3)").await;
+    let (mut caller, mut second) = (Caller::default(), Caller::default());
+
+    for text in ["0", "1"] {
+        publish_alone(&mut one, "orders", text).await;
+        caller.small_step(&db, "orders", 1).await;
+    }
+    // Where the topic goes on is not what this caller remembers.
+    publish_alone(&mut one, "orders", "2").await;
+    second.small_step(&db, "orders", 1).await;
+    publish_alone(&mut one, "orders", "3").await;
+    caller.small_step(&db, "orders", 1).await;
+    assert_eq!(caller.step(&db).await, (0, None, Vec::new()));
+    // Nor after a step over several topics.
+    publish_alone(&mut one, "orders", "4").await;
+    publish_alone(&mut one, "payments", "0").await;
+    caller.large_step(&db, 2).await;
+    publish_alone(&mut one, "orders", "5").await;
+    caller.small_step(&db, "orders", 1).await;
+    publish_alone(&mut one, "payments", "1").await;
+    caller.small_step(&db, "payments", 1).await;
+    // By number.
+    for (from, to) in [(6, 70), (70, 135)] {
+        let mut tx = one.begin().await.unwrap();
+        for n in from..to {
+            publish(&mut tx, "orders", &n.to_string()).await;
+        }
+        tx.commit().await.unwrap();
+        match to - from {
+            64 => caller.small_step(&db, "orders", 64).await,
+            more => caller.large_step(&db, more).await,
+        }
+    }
+    // A large payload is not handed over.
+    publish_alone(&mut one, "letters", &"x".repeat(200)).await;
+    let (found, news, rows) = caller.step(&db).await;
+    assert!(found == 1 && news.is_some_and(|news| !news.ends_with('-')) && rows.is_empty());
+    // What ran at the last look has an older number than that look's newest.
+    let mut open = other.begin().await.unwrap();
+    publish(&mut open, "orders", "135").await;
+    publish_alone(&mut one, "orders", "136").await;
+    caller.small_step(&db, "orders", 1).await;
+    publish_alone(&mut one, "orders", "137").await;
+    caller.small_step(&db, "orders", 1).await;
+    open.commit().await.unwrap();
+    caller.large_step(&db, 1).await;
+    assert_eq!(caller.step(&db).await, (0, None, Vec::new()));
+    publish_alone(&mut one, "orders", "138").await;
+    caller.small_step(&db, "orders", 1).await;
+
+    let mut expected: Vec<String> = (0..=138).map(|n| n.to_string()).collect();
+    // It was committed last.
+    expected[135..138].rotate_left(1);
+    assert_eq!(texts(&db, "orders").await, expected);
+    assert_eq!(texts(&db, "payments").await, ["0", "1"]);
 }
 
 // --------------------------------------------------------------------------------------------------- the shape of segments

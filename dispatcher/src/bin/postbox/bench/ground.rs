@@ -174,10 +174,12 @@ impl Ground {
     /// Until so many messages of these topics together have their offsets.
     pub(crate) async fn sequenced(&self, topics: &[String], messages: u64) -> anyhow::Result<()> {
         self.until("the messages are sequenced", async || {
-            let now: i64 = sqlx::query_scalar("SELECT coalesce(sum(postbox.next_offset(t)), 0)::bigint FROM unnest($1::text[]) t")
-                .bind(topics)
-                .fetch_one(&self.pool)
-                .await?;
+            let now: i64 = sqlx::query_scalar(
+                "SELECT coalesce(sum(postbox.next_offset(t)), 0)::bigint FROM unnest($1::text[]) t",
+            )
+            .bind(topics)
+            .fetch_one(&self.pool)
+            .await?;
             Ok(now == messages as i64)
         })
         .await

@@ -133,7 +133,11 @@ pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<
         }
         let least = costs[0].clone();
         for ((number, _), costs) in points.iter().zip(costs) {
-            let ratios = costs.iter().zip(&least).map(|(cost, least)| cost / least).collect();
+            let ratios = costs
+                .iter()
+                .zip(&least)
+                .map(|(cost, least)| cost / least)
+                .collect();
             reports.push(
                 Report::verified("growth")
                     .with("of", what.name())

@@ -40,7 +40,8 @@ impl Sink {
         let mut consumers = Vec::new();
         for _ in 0..instances {
             let of_groups = groups.iter().zip(&counters);
-            let handlers = of_groups.flat_map(|(group, counter)| topics.iter().map(move |topic| sink(group, topic, counter)));
+            let handlers = of_groups
+                .flat_map(|(group, counter)| topics.iter().map(move |topic| sink(group, topic, counter)));
             let consumer = Consumer::new(pool.clone())
                 .name("postbox-bench")
                 .handlers(handlers)
