@@ -43,6 +43,9 @@ mod journal;
 mod lane;
 #[doc(hidden)]
 pub mod link;
+#[cfg(feature = "micro")]
+#[doc(hidden)]
+pub mod micro;
 #[doc(hidden)]
 pub mod news;
 mod pace;

@@ -17,6 +17,9 @@ const BELL: i32 = 5;
 
 const CRON_CHANNEL: &str = "postbox_cron";
 
+/// Whoever makes the first schedule rings; this is for a ring that was lost.
+const WITHOUT_SCHEDULES: Duration = Duration::from_secs(10);
+
 /// Unlike the sequencer's steps these commit durably: a message that was promoted again after a crash of the server would come to a broadcast
 /// from memory a second time.
 const SETTINGS: &str = "SET synchronous_commit = on; SET default_transaction_isolation = 'read committed'";
@@ -147,7 +150,8 @@ impl Timers {
         if self.cron_at <= Instant::now() {
             let (fired, due_in) = self.crons.step(&mut self.bell.connection).await?;
             self.counters.fired.fetch_add(fired, Ordering::Relaxed);
-            self.cron_at = Instant::now() + due_in.unwrap_or(SLEEPING_POLL).min(SLEEPING_POLL);
+            self.cron_at =
+                Instant::now() + due_in.map_or(WITHOUT_SCHEDULES, |due_in| due_in.min(SLEEPING_POLL));
         }
         let look = self.promotion.step(&mut self.bell.connection).await?;
         self.counters
