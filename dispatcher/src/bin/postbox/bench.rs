@@ -1,6 +1,7 @@
 //! `postbox bench`
 
 mod backlog;
+mod failures;
 mod fanout;
 mod floor;
 mod ground;
@@ -62,6 +63,8 @@ enum Bench {
     Idle,
     /// Publishing and draining with many messages pending, against few
     Backlog(backlog::Args),
+    /// A backlog of which one key in ten fails three times, against one without failures
+    Failures(failures::Args),
     /// Throughput and latency while another session holds the xmin horizon: the last ten seconds against the first
     HeldXmin,
     /// All of them, one after another
@@ -152,7 +155,7 @@ impl Bench {
         Ok(())
     }
 
-    fn everything() -> [Bench; 8] {
+    fn everything() -> [Bench; 9] {
         [
             Bench::Publish,
             Bench::Throughput,
@@ -161,6 +164,7 @@ impl Bench {
             Bench::Tx,
             Bench::Idle,
             Bench::Backlog(backlog::Args::default()),
+            Bench::Failures(failures::Args::default()),
             Bench::HeldXmin,
         ]
     }
@@ -174,6 +178,7 @@ impl Bench {
             Bench::Tx => "tx",
             Bench::Idle => "idle",
             Bench::Backlog(_) => "backlog",
+            Bench::Failures(_) => "failures",
             Bench::HeldXmin => "held-xmin",
             Bench::All | Bench::Worker(_) => "all",
         }
@@ -188,6 +193,7 @@ impl Bench {
             Bench::Tx => tx::measure(ground).await,
             Bench::Idle => idle::measure(ground).await,
             Bench::Backlog(args) => backlog::measure(ground, args).await,
+            Bench::Failures(args) => failures::measure(ground, args).await,
             Bench::HeldXmin => held_xmin::measure(ground).await,
             Bench::All | Bench::Worker(_) => Ok(Vec::new()),
         }
