@@ -227,7 +227,11 @@ impl TopicLog {
                 let index = (offset - block.base) as usize;
                 if is_of(keys, offset, block.key_hash(index)) {
                     if records.len() == limit {
-                        return Some(OfKeys { records, end, gone: 0 });
+                        return Some(OfKeys {
+                            records,
+                            end,
+                            gone: 0,
+                        });
                     }
                     match &block.entries[index] {
                         Entry::Message(_) => records.extend(Record::new(block, index)),
@@ -239,7 +243,11 @@ impl TopicLog {
                 end = offset + 1;
             }
         }
-        Some(OfKeys { records, end, gone: 0 })
+        Some(OfKeys {
+            records,
+            end,
+            gone: 0,
+        })
     }
 
     async fn read_index(
@@ -382,7 +390,8 @@ pub(crate) struct OfKeys {
 }
 
 fn is_of(keys: &HashMap<i32, i64>, offset: i64, key: Option<i32>) -> bool {
-    key.and_then(|key| keys.get(&key)).is_some_and(|from| offset >= *from)
+    key.and_then(|key| keys.get(&key))
+        .is_some_and(|from| offset >= *from)
 }
 
 /// From where to where to read for `limit` messages of these keys, if their size allows it, and how many there are.
@@ -396,7 +405,11 @@ fn span_of_keys(
     let first = segments.first().map_or(to, |segment| segment.base().get());
     let start = from.max(first).min(to);
     // Nothing is between the segments that there are and the lanes.
-    let mut end = if segments.len() < OF_KEYS_SEGMENTS as usize { to } else { start };
+    let mut end = if segments.len() < OF_KEYS_SEGMENTS as usize {
+        to
+    } else {
+        start
+    };
     let (mut found, mut bytes) = (0, 0);
     for segment in segments {
         for offset in segment.base().get().max(start)..segment.end().get().min(to) {

@@ -162,7 +162,9 @@ async fn successors_of_a_failing_key_are_parked_and_run_in_order_and_no_other_ke
     history.has(900).await;
     assert!(history.of("0").is_empty());
     eventually(PATIENCE, || async {
-        let status = status::read(bench.db.pool()).await.map_err(|error| error.to_string())?;
+        let status = status::read(bench.db.pool())
+            .await
+            .map_err(|error| error.to_string())?;
         let parked = status.subscriptions[0].parked;
         if (250..300).contains(&parked) {
             Ok(())
@@ -709,7 +711,10 @@ async fn what_was_parked_has_its_transactional_effect_once_though_no_report_arri
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' \
          AND query LIKE '%postbox.record%' AND query_start < clock_timestamp() - interval '1 s'";
     there_are(&bench, 1, waiting).await;
-    assert_eq!(bench.number("SELECT count(*) FROM effect WHERE key = '0'").await, 1);
+    assert_eq!(
+        bench.number("SELECT count(*) FROM effect WHERE key = '0'").await,
+        1
+    );
     bench
         .sql(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' \

@@ -86,7 +86,10 @@ impl View {
     fn park(&mut self, newcomer: Option<u8>, variant: Variant) {
         let queue = std::mem::take(&mut self.queue);
         self.unrecorded.clear();
-        let first = queue.first().copied().filter(|_| variant != Variant::OnlyTheNewcomer);
+        let first = queue
+            .first()
+            .copied()
+            .filter(|_| variant != Variant::OnlyTheNewcomer);
         self.parked = self.parked.into_iter().chain(first).chain(newcomer).min();
     }
 }
@@ -107,11 +110,15 @@ struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Action {
     Claim,
-    TakeIn { memory_is_short: bool },
+    TakeIn {
+        memory_is_short: bool,
+    },
     TakeUp,
     Start,
     Retry,
-    Fail { memory_is_short: bool },
+    Fail {
+        memory_is_short: bool,
+    },
     /// The handler has done its work, and committed, where it is transactional.
     Return,
     Record,
@@ -151,9 +158,13 @@ impl Model for Lane {
             actions.push(Action::Crash);
         }
         if lane.next < MESSAGES {
-            actions.push(Action::TakeIn { memory_is_short: false });
+            actions.push(Action::TakeIn {
+                memory_is_short: false,
+            });
             if lane.failed.is_some() {
-                actions.push(Action::TakeIn { memory_is_short: true });
+                actions.push(Action::TakeIn {
+                    memory_is_short: true,
+                });
             }
         }
         let pending_first = lane.next >= lane.cut || self.variant == Variant::ParkedBeforePending;
@@ -164,8 +175,12 @@ impl Model for Lane {
             (Some(_), _) => {
                 actions.push(Action::Return);
                 if state.failures < FAILURES {
-                    actions.push(Action::Fail { memory_is_short: false });
-                    actions.push(Action::Fail { memory_is_short: true });
+                    actions.push(Action::Fail {
+                        memory_is_short: false,
+                    });
+                    actions.push(Action::Fail {
+                        memory_is_short: true,
+                    });
                 }
             }
             (None, Some(_)) => actions.push(Action::Retry),
@@ -185,9 +200,15 @@ impl Model for Lane {
                 let recorded = &mut state.recorded;
                 // Its handler committed, but the owner died before it took the row away.
                 recorded.row = recorded.row.filter(|row| !last.settlements.contains(row));
-                let asked = |message: &u8| *message >= recorded.position || recorded.pending.contains(message);
+                let asked =
+                    |message: &u8| *message >= recorded.position || recorded.pending.contains(message);
                 state.owner = Some(View {
-                    next: recorded.pending.first().copied().unwrap_or(recorded.position).min(recorded.position),
+                    next: recorded
+                        .pending
+                        .first()
+                        .copied()
+                        .unwrap_or(recorded.position)
+                        .min(recorded.position),
                     cut: recorded.position,
                     unread: recorded.pending.clone(),
                     done: last.settlements.iter().copied().filter(asked).collect(),
@@ -206,7 +227,9 @@ impl Model for Lane {
                 let due = message >= lane.cut || lane.unread.remove(&message);
                 if !due || lane.done.contains(&message) {
                     // Not its.
-                } else if lane.parked.is_some_and(|first| first <= message) && self.variant != Variant::NewcomersPass {
+                } else if lane.parked.is_some_and(|first| first <= message)
+                    && self.variant != Variant::NewcomersPass
+                {
                     // It stays parked.
                 } else if memory_is_short {
                     lane.park(Some(message), self.variant);
@@ -292,10 +315,13 @@ impl Model for Lane {
                     && (0..MESSAGES).all(|message| !recorded.has(message))
                     && state.failures > 0
             }),
-            Property::sometimes("a new owner finds some pending and some parked", |_, state: &State| {
-                let recorded = &state.recorded;
-                state.owner.is_none() && recorded.parked.is_some() && !recorded.pending.is_empty()
-            }),
+            Property::sometimes(
+                "a new owner finds some pending and some parked",
+                |_, state: &State| {
+                    let recorded = &state.recorded;
+                    state.owner.is_none() && recorded.parked.is_some() && !recorded.pending.is_empty()
+                },
+            ),
         ]
     }
 }

@@ -35,8 +35,15 @@ pub(super) struct CatchUp {
 /// What is read next.
 enum Turn {
     /// Of these keys, from these offsets on, up to where a lane is.
-    Log { keys: HashMap<i32, i64>, to: i64, limit: usize },
-    Copies { key: i32, from: i64 },
+    Log {
+        keys: HashMap<i32, i64>,
+        to: i64,
+        limit: usize,
+    },
+    Copies {
+        key: i32,
+        from: i64,
+    },
 }
 
 /// What was read.
@@ -117,11 +124,17 @@ impl Executor {
         };
         for _ in 0..waiting {
             let key = self.catch_up.turns.pop_front()?;
-            if !self.keys.get(&key).is_some_and(|successors| successors.catching_up) {
+            if !self
+                .keys
+                .get(&key)
+                .is_some_and(|successors| successors.catching_up)
+            {
                 continue;
             }
             self.catch_up.turns.push_back(key);
-            let Some((parked, to)) = ready(self, key) else { continue };
+            let Some((parked, to)) = ready(self, key) else {
+                continue;
+            };
             if let Some(from) = parked.copies {
                 return Some(Turn::Copies { key, from });
             }
@@ -180,7 +193,10 @@ impl Executor {
         for record in read.records {
             let (offset, key) = (record.message().offset.get(), record.message().key_hash);
             let lane = lane_of(offset, key, self.lane_count);
-            let done = self.lanes.get(&lane).is_none_or(|lane| lane.done.contains(&offset));
+            let done = self
+                .lanes
+                .get(&lane)
+                .is_none_or(|lane| lane.done.contains(&offset));
             if let Some(key) = key.filter(|_| !done)
                 && let Some(job) = self.job(record, offset, lane)
             {
@@ -236,13 +252,17 @@ impl Executor {
     }
 
     fn take_up_copies(&mut self, key: i32, from: i64, read: Vec<Held>) {
-        let is_past_its_cut = self
-            .lanes_past_their_cut()
-            .contains_key(&lane_of(0, Some(key), self.lane_count));
+        let is_past_its_cut =
+            self.lanes_past_their_cut()
+                .contains_key(&lane_of(0, Some(key), self.lane_count));
         let Some(successors) = self.keys.get_mut(&key).filter(|of| of.catching_up) else {
             return;
         };
-        let Some(parked) = successors.parked.as_mut().filter(|parked| parked.copies == Some(from)) else {
+        let Some(parked) = successors
+            .parked
+            .as_mut()
+            .filter(|parked| parked.copies == Some(from))
+        else {
             return;
         };
         if !is_past_its_cut {

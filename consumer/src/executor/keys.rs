@@ -171,7 +171,9 @@ impl Executor {
         let lane = lane_of(0, Some(key), self.lane_count);
         let Some(epoch) = self.epoch(lane) else { return };
         let offset = self.parked(key).and_then(|parked| parked.log);
-        self.journal.parked.insert(key, ParkedFrom { lane, epoch, offset });
+        self.journal
+            .parked
+            .insert(key, ParkedFrom { lane, epoch, offset });
         self.dirty = true;
     }
 

@@ -33,6 +33,7 @@ const FAILURES: u32 = 3;
 const BACKOFF: Duration = Duration::from_millis(100);
 /// More would only repeat.
 const ROUNDS: usize = 3;
+/// After so long without a message none will come any more.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PARKED_KEYS: &str = "SELECT count(*) FROM postbox.parked_key k JOIN postbox.subscription s ON s.id = k.subscription_id WHERE s.topic = $1";
 
@@ -44,11 +45,16 @@ pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<
         let topic = ground.topic("failures");
         fanout::publish(ground, &topic, args.messages).await?;
         let mut runs = Vec::new();
-        for (n, retry) in [None, Some(Retry::fixed(BACKOFF)), Some(Retry::default())].into_iter().enumerate() {
+        for (n, retry) in [None, Some(Retry::fixed(BACKOFF)), Some(Retry::default())]
+            .into_iter()
+            .enumerate()
+        {
             runs.push(run(ground, &topic, &ground.group(3 * round + n), args.messages, retry).await?);
             ground.progress.step("draining");
         }
-        let [without, short, long] = runs[..] else { continue };
+        let [without, short, long] = runs[..] else {
+            continue;
+        };
         fixed.push((without, short));
         default.push((without, long));
     }
@@ -60,7 +66,10 @@ pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<
             .figure("without_s", of(|without, _| without.all))
             .figure("with_s", of(|_, with| with.all))
             .figure("throughput_ratio", of(|without, with| without.all / with.all))
-            .figure("other_keys_lateness", of(|without, with| with.others / without.others))
+            .figure(
+                "other_keys_lateness",
+                of(|without, with| with.others / without.others),
+            )
             .figure("caught_up_after_s", of(|_, with| with.all - with.healed))
             .figure("parked_keys", of(|_, with| with.parked_keys))
     };
@@ -82,7 +91,13 @@ struct Run {
     parked_keys: f64,
 }
 
-async fn run(ground: &Ground, topic: &str, group: &str, messages: u64, retry: Option<Retry>) -> anyhow::Result<Run> {
+async fn run(
+    ground: &Ground,
+    topic: &str,
+    group: &str,
+    messages: u64,
+    retry: Option<Retry>,
+) -> anyhow::Result<Run> {
     let failing = retry.is_some();
     let seen = Arc::new(Seen::default());
     let handler = {
@@ -121,7 +136,10 @@ async fn run(ground: &Ground, topic: &str, group: &str, messages: u64, retry: Op
     let mut parked_keys = 0;
     let parked = async {
         loop {
-            let now: i64 = sqlx::query_scalar(PARKED_KEYS).bind(topic).fetch_one(&ground.pool).await?;
+            let now: i64 = sqlx::query_scalar(PARKED_KEYS)
+                .bind(topic)
+                .fetch_one(&ground.pool)
+                .await?;
             parked_keys = parked_keys.max(now);
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -136,8 +154,15 @@ async fn run(ground: &Ground, topic: &str, group: &str, messages: u64, retry: Op
     };
     consumer.shutdown().await?;
     let handled = seen.all.load(Ordering::Relaxed);
-    ensure!(handled == messages, "{handled} messages of {messages} were handled");
-    let healed = seen.healed.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(begun);
+    ensure!(
+        handled == messages,
+        "{handled} messages of {messages} were handled"
+    );
+    let healed = seen
+        .healed
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .unwrap_or(begun);
     Ok(Run {
         all: (all - begun).as_secs_f64(),
         others: (others - begun).as_secs_f64(),
@@ -157,16 +182,21 @@ struct Seen {
 impl Seen {
     /// Until there are so many; when that was.
     async fn until(&self, counter: &AtomicU64, count: u64) -> anyhow::Result<Instant> {
-        let begun = Instant::now();
-        while counter.load(Ordering::Relaxed) < count {
+        let mut last = (0, Instant::now());
+        loop {
+            let now = counter.load(Ordering::Relaxed);
+            if now >= count {
+                return Ok(Instant::now());
+            }
+            if now > last.0 {
+                last = (now, Instant::now());
+            }
             ensure!(
-                begun.elapsed() < PATIENCE,
-                "{} of {count} messages were handled within {} s",
-                counter.load(Ordering::Relaxed),
+                last.1.elapsed() < PATIENCE,
+                "{now} of {count} messages were handled, and none for {} s",
                 PATIENCE.as_secs()
             );
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        Ok(Instant::now())
     }
 }
