@@ -29,7 +29,7 @@ COMMENT ON COLUMN postbox.redelivery.subscription_id IS 'Subscription.';
 COMMENT ON COLUMN postbox.redelivery."offset" IS 'Its offset in the topic, by which successors of a key are ordered.';
 COMMENT ON COLUMN postbox.redelivery.lane IS 'Its lane: who owns it runs the message.';
 COMMENT ON COLUMN postbox.redelivery.state IS
-    'retry: waits for due_at, and its key for it. parked: waits for its predecessors. trying: an attempt that was recorded before it ran, because a process may die of it. halted: attempts exhausted, its key waits for an operator. redriven: an operator wants it run again. released: an operator lets its key go on.';
+    'retry: waits for due_at, and its key for it. parked: waits for its predecessors, and its slot was truncated meanwhile (else see postbox.parked_key). trying: an attempt that was recorded before it ran, because a process may die of it. halted: attempts exhausted, its key waits for an operator. redriven: an operator wants it run again. released: an operator lets its key go on.';
 COMMENT ON COLUMN postbox.redelivery.attempt IS 'Attempts made; 0: none.';
 COMMENT ON COLUMN postbox.redelivery.due_at IS 'When the next attempt is due.';
 COMMENT ON COLUMN postbox.redelivery.failed_at IS 'When it first failed; null: it has not yet.';
@@ -44,10 +44,24 @@ COMMENT ON COLUMN postbox.redelivery.headers IS 'As in the outbox.';
 COMMENT ON COLUMN postbox.redelivery.content_type IS 'As in the outbox.';
 COMMENT ON COLUMN postbox.redelivery.payload IS 'A copy, so that it outlives its slot.';
 COMMENT ON COLUMN postbox.redelivery.expires_at IS 'As in the outbox. What an operator redrives does not expire.';
-COMMENT ON COLUMN postbox.redelivery.created_at IS 'When it first failed or was parked.';
+COMMENT ON COLUMN postbox.redelivery.created_at IS 'When it first failed, or was copied.';
 
 CREATE INDEX redelivery_key ON postbox.redelivery (subscription_id, key_hash, "offset");
 CREATE INDEX redelivery_operator ON postbox.redelivery (subscription_id) WHERE state IN ('redriven', 'released');
+
+CREATE TABLE postbox.parked_key (
+    subscription_id integer  NOT NULL REFERENCES postbox.subscription ON DELETE CASCADE,
+    key_hash        integer  NOT NULL,
+    lane            smallint NOT NULL,
+    "offset"        bigint   NOT NULL,
+    PRIMARY KEY (subscription_id, key_hash)
+) WITH (fillfactor = 50);
+COMMENT ON TABLE postbox.parked_key IS
+    'One row is a key that its lane leaves behind: its messages from this offset on are parked, in the log, until those before them are settled. Written by the lane''s owner, together with its checkpoint; deleted when the key has caught up with its lane.';
+COMMENT ON COLUMN postbox.parked_key.subscription_id IS 'Subscription.';
+COMMENT ON COLUMN postbox.parked_key.key_hash IS 'postbox.key_hash of the key.';
+COMMENT ON COLUMN postbox.parked_key.lane IS 'Its lane.';
+COMMENT ON COLUMN postbox.parked_key."offset" IS 'From here on, whatever the lane''s position, none of the key''s messages is settled or pending.';
 
 CREATE TABLE postbox.dead_letter (
     id              bigint      PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
@@ -154,7 +168,8 @@ CREATE FUNCTION postbox.record(
     waits double precision[], failures jsonb[], reasons text[],
     ids uuid[], seqs bigint[], published timestamptz[], types text[], keys text[], key_hashes integer[], headers jsonb[],
     content_types text[], payloads bytea[], expiries timestamptz[],
-    calm_subscriptions integer[], calm_lanes smallint[], lanes_of_pending smallint[] DEFAULT NULL
+    calm_subscriptions integer[], calm_lanes smallint[], lanes_of_pending smallint[],
+    parked_subscriptions integer[], parked_lanes smallint[], parked_epochs integer[], parked_keys integer[], parked_offsets bigint[]
 ) RETURNS bigint
     LANGUAGE plpgsql
     SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
@@ -163,10 +178,12 @@ DECLARE
     accepted bigint;
     instance text;
     fresh    boolean[];
+    moved    bigint;
 BEGIN
     -- The fence of postbox.settle: redelivery has one truth, so a stale owner must not write it. In order, so that two calls cannot deadlock.
     PERFORM pg_advisory_xact_lock_shared(1347571762, f.n)
-    FROM (SELECT DISTINCT u.subscription_id * 1024 + u.lane AS n FROM unnest(of_subscriptions, of_lanes) AS u (subscription_id, lane) ORDER BY 1) f;
+    FROM (SELECT DISTINCT u.subscription_id * 1024 + u.lane AS n
+        FROM unnest(of_subscriptions || parked_subscriptions, of_lanes || parked_lanes) AS u (subscription_id, lane) ORDER BY 1) f;
 
     -- Together with the checkpoint by which the lane passes these messages: none is in both places or in neither.
     accepted := postbox.checkpoint(by_consumer, subscriptions, lanes, epochs, positions, pending_subscriptions, pending_offsets,
@@ -217,14 +234,31 @@ BEGIN
     USING unnest(of_subscriptions, offsets, states, fresh) AS u (subscription_id, "offset", state, fresh)
     WHERE u.fresh AND u.state IN ('dead', 'done') AND r.subscription_id = u.subscription_id AND r."offset" = u."offset";
 
+    WITH parked AS (
+        SELECT u.* FROM unnest(parked_subscriptions, parked_lanes, parked_epochs, parked_keys, parked_offsets)
+            AS u (subscription_id, lane, epoch, key_hash, "offset")
+        JOIN postbox.lane l ON l.subscription_id = u.subscription_id AND l.lane = u.lane AND l.epoch = u.epoch
+            AND l.consumer_id = by_consumer
+    ),
+    caught_up AS (
+        DELETE FROM postbox.parked_key k USING parked p
+        WHERE p."offset" IS NULL AND k.subscription_id = p.subscription_id AND k.key_hash = p.key_hash
+    ),
+    behind AS (
+        INSERT INTO postbox.parked_key (subscription_id, key_hash, lane, "offset")
+        SELECT p.subscription_id, p.key_hash, p.lane, p."offset" FROM parked p WHERE p."offset" IS NOT NULL
+        ON CONFLICT (subscription_id, key_hash) DO UPDATE SET "offset" = excluded."offset"
+    )
+    SELECT count(*) INTO moved FROM parked;
+
     UPDATE postbox.lane l SET crashes = 0
     FROM unnest(calm_subscriptions, calm_lanes) AS u (subscription_id, lane)
     WHERE l.subscription_id = u.subscription_id AND l.lane = u.lane AND l.consumer_id = by_consumer;
 
-    RETURN accepted + (SELECT count(*) FROM unnest(fresh) AS f WHERE f);
+    RETURN accepted + moved + (SELECT count(*) FROM unnest(fresh) AS f WHERE f);
 END $$;
 COMMENT ON FUNCTION postbox.record IS
-    'A checkpoint with what became of messages that it passes without success, in one transaction. A state is one of redelivery''s, or done (settled now), or dead (to the dead letters); a null id means that the row is there. What comes from a stale epoch is left out. Returns how many lanes and messages were accepted.';
+    'A checkpoint with what became of messages that it passes without success, in one transaction. A state is one of redelivery''s, or done (settled now), or dead (to the dead letters); a null id means that the row is there. A parked key without an offset has caught up. What comes from a stale epoch is left out. Returns how many lanes, messages and parked keys were accepted.';
 
 DROP FUNCTION postbox.release(integer, integer, smallint[], integer[], bigint[], bigint[]);
 

@@ -172,7 +172,9 @@ COMMENT ON FUNCTION postbox.unsettled IS
 
 CREATE FUNCTION postbox.settled_below(of_subscription integer) RETURNS bigint
     LANGUAGE sql STABLE AS $$
-    SELECT min(least(u.position, u.pending[1])) FROM postbox.unsettled(of_subscription) u
+    SELECT least(
+        (SELECT min(least(u.position, u.pending[1])) FROM postbox.unsettled(of_subscription) u),
+        (SELECT min(p."offset") FROM postbox.parked_key p WHERE p.subscription_id = of_subscription))
 $$;
 COMMENT ON FUNCTION postbox.settled_below IS 'The least offset that a subscription has not settled: below it everything is.';
 
@@ -227,7 +229,38 @@ BEGIN
     END IF;
 END $$;
 COMMENT ON FUNCTION postbox.backlog IS
-    'How many messages a subscription has not settled, without those in redelivery, and when the oldest was published. From offsets alone, so it costs the same for ten and ten million; exact unless its lanes are more than 65,536 offsets apart.';
+    'How many messages a subscription has not settled, without those in redelivery and those that are parked, and when the oldest was published. From offsets alone, so it costs the same for ten and ten million; exact unless its lanes are more than 65,536 offsets apart.';
+
+CREATE FUNCTION postbox.parked(of_subscription integer) RETURNS bigint
+    LANGUAGE plpgsql STABLE
+    SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    span CONSTANT bigint := 65536;
+    s       postbox.subscription;
+    lowest  bigint;
+    highest bigint;
+    found   bigint;
+BEGIN
+    SELECT min(p."offset") INTO lowest FROM postbox.parked_key p WHERE p.subscription_id = of_subscription;
+    IF lowest IS NULL THEN
+        RETURN 0;
+    END IF;
+    SELECT * INTO s FROM postbox.subscription WHERE id = of_subscription;
+    SELECT max(t.position) INTO highest
+    FROM (SELECT DISTINCT p.lane FROM postbox.parked_key p WHERE p.subscription_id = of_subscription) l
+    CROSS JOIN LATERAL postbox.lane_state(of_subscription, l.lane) t;
+    SELECT count(*) INTO found
+    FROM postbox.segment g
+    CROSS JOIN LATERAL unnest(g.keys) WITH ORDINALITY AS e (key, n)
+    JOIN postbox.parked_key p ON p.subscription_id = of_subscription AND p.key_hash = e.key AND p."offset" < g.base + e.n
+    WHERE g.topic = s.topic AND g.base >= lowest - 1024 AND g.base < least(highest, lowest + span)
+        AND g.base + e.n - 1 < least(highest, lowest + span);
+    -- As if they came as often all the way.
+    RETURN CASE WHEN highest - lowest > span THEN found * (highest - lowest) / span ELSE found END;
+END $$;
+COMMENT ON FUNCTION postbox.parked IS
+    'How many messages of a subscription are parked in the log; estimated from the first 65,536 offsets where it is about more of them.';
 
 --------------------------------------------------------------------------------------------------------------- turning the ring
 
@@ -354,6 +387,87 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION postbox.truncate_log IS
     'Truncates a slot''s messages and segments if they are old enough and every subscription has passed them. outcome: in use, empty, carried (the topics'' offsets; it comes next), young, held (detail: by which subscriptions), unsequenced, busy (detail: by whom), truncated.';
+
+CREATE FUNCTION postbox.copy_parked(of_subscription integer, of_lane smallint, below bigint, at_most integer) RETURNS bigint
+    LANGUAGE plpgsql
+    SET enable_seqscan = off SET jit = off AS $$
+#variable_conflict use_column
+DECLARE
+    s      postbox.subscription;
+    state  record;
+    upto   bigint;
+    last   bigint;
+    copied bigint;
+BEGIN
+    -- The owner's reports move its parked keys, and hold this shared.
+    IF NOT pg_try_advisory_xact_lock(1347571762, of_subscription * 1024 + of_lane) THEN
+        RETURN 0;
+    END IF;
+    PERFORM FROM postbox.lane l WHERE l.subscription_id = of_subscription AND l.lane = of_lane FOR UPDATE;
+    SELECT * INTO state FROM postbox.lane_state(of_subscription, of_lane);
+    SELECT * INTO s FROM postbox.subscription WHERE id = of_subscription;
+    upto := least(below, state.position);
+    WITH parked AS MATERIALIZED (
+        SELECT p.key_hash, p."offset" FROM postbox.parked_key p
+        WHERE p.subscription_id = of_subscription AND p.lane = of_lane AND p."offset" < upto
+    ),
+    entries AS MATERIALIZED (
+        SELECT g.slot, g.base + e.n - 1 AS "offset", e.xid, e.seq, e.key_hash
+        FROM postbox.segment g CROSS JOIN LATERAL unnest(g.xids, g.seqs, g.keys) WITH ORDINALITY AS e (xid, seq, key_hash, n)
+        JOIN parked p ON p.key_hash = e.key_hash AND p."offset" < g.base + e.n
+        WHERE g.topic = s.topic AND g.base >= (SELECT min(p."offset") FROM parked p) - 1024 AND g.base < upto AND g.base + e.n - 1 < upto
+        ORDER BY 2 LIMIT at_most
+    ),
+    written AS (
+        INSERT INTO postbox.redelivery (subscription_id, "offset", lane, state, attempt, due_at, seq, id, published_at, type, key, key_hash,
+            headers, content_type, payload, expires_at)
+        SELECT of_subscription, e."offset", of_lane, 'parked', 0, postbox.clock(), o.seq, o.id, o.published_at, o.type, o.key, e.key_hash,
+            o.headers, o.content_type, o.payload, o.expires_at
+        FROM entries e CROSS JOIN LATERAL (
+            SELECT * FROM postbox.outbox o WHERE o.slot = e.slot AND o.xid = e.xid AND o.seq = e.seq OFFSET 0) o
+    )
+    SELECT count(*), max(e."offset") INTO copied, last FROM entries e;
+    IF copied = at_most THEN
+        upto := last + 1;
+    END IF;
+    UPDATE postbox.parked_key p SET "offset" = upto
+    WHERE p.subscription_id = of_subscription AND p.lane = of_lane AND p."offset" < upto;
+    -- As postbox.seek does it: what the owner knows of its parked keys is stale with its epoch, and it claims the lane anew.
+    UPDATE postbox.lane l SET epoch = l.epoch + 1, position = state.position, pending = state.pending, changed_at = clock_timestamp()
+    WHERE l.subscription_id = of_subscription AND l.lane = of_lane;
+    PERFORM pg_notify('postbox_segment', '');
+    RETURN copied;
+END $$;
+COMMENT ON FUNCTION postbox.copy_parked(integer, smallint, bigint, integer) IS
+    'Copies what a lane has parked in the log below an offset to redelivery, at most so many messages, so that it outlives its slot. Returns how many.';
+
+CREATE FUNCTION postbox.copy_parked(of_slot smallint) RETURNS text
+    LANGUAGE plpgsql
+    SET lock_timeout = '25ms' SET jit = off AS $$
+#variable_conflict use_column
+DECLARE
+    keep  interval := (SELECT r.keep FROM postbox.retention r);
+    room  bigint := 10000;
+    late  record;
+BEGIN
+    IF postbox.slot_in_use(of_slot) OR NOT EXISTS (SELECT FROM postbox.parked_key) THEN
+        RETURN 'nothing';
+    END IF;
+    FOR late IN EXECUTE format('SELECT DISTINCT p.subscription_id, p.lane, l.base + l.count AS last
+        FROM postbox.topic t CROSS JOIN LATERAL (
+            SELECT s.base, s.count, s.sequenced_at FROM postbox.segment_%s s WHERE s.topic = t.name ORDER BY s.base DESC LIMIT 1) l
+        JOIN postbox.subscription s ON s.topic = t.name
+        JOIN postbox.parked_key p ON p.subscription_id = s.id AND p."offset" < l.base + l.count
+        WHERE l.sequenced_at <= postbox.clock() - $1 ORDER BY 1, 2', of_slot) USING keep
+    LOOP
+        -- The owners wait meanwhile. The rest is copied at the next turns.
+        room := room - postbox.copy_parked(late.subscription_id, late.lane, late.last, room::integer);
+        EXIT WHEN room = 0;
+    END LOOP;
+    RETURN 'copied';
+END $$;
+COMMENT ON FUNCTION postbox.copy_parked(smallint) IS
+    'Copies what is parked in a slot that is old enough to be truncated, so that a key that waits for long does not hold the slot.';
 
 CREATE FUNCTION postbox.holders(topics text[], ends bigint[]) RETURNS text
     LANGUAGE sql VOLATILE AS $$
@@ -602,6 +716,9 @@ BEGIN
     PERFORM FROM postbox.lane l WHERE l.subscription_id = of_subscription ORDER BY l.lane FOR UPDATE;
     DELETE FROM postbox.settlement t WHERE t.subscription_id = of_subscription AND t."offset" >= target;
     -- They come again from the log. Those before the target stay: they were passed, and still wait for their turn.
+    PERFORM postbox.copy_parked(of_subscription, p.lane, target, NULL)
+    FROM (SELECT DISTINCT p.lane FROM postbox.parked_key p WHERE p.subscription_id = of_subscription) p;
+    DELETE FROM postbox.parked_key p WHERE p.subscription_id = of_subscription;
     DELETE FROM postbox.redelivery r WHERE r.subscription_id = of_subscription AND r."offset" >= target;
     UPDATE postbox.dead_letter d SET halted = false WHERE d.subscription_id = of_subscription AND d."offset" >= target AND d.halted;
     -- The owner stays, so that nobody else claims a lane whose handlers still run there: it finds its epoch stale at its next look, stops

@@ -3,6 +3,7 @@
 //! One task owns all the state, so there is no lock on the way of a message. A handler that finishes at its first poll costs no task; one that
 //! waits becomes a task of its own. See ARCHITECTURE.md, "The executor".
 
+mod catch_up;
 mod failure;
 mod inline_cost;
 mod intake;
@@ -36,6 +37,7 @@ use crate::state::States;
 use crate::throttle::Throttle;
 use crate::topic_log::{Interest, TopicLog};
 
+use catch_up::CatchUp;
 use inline_cost::InlineCost;
 use intake::{Reading, Stream};
 use keys::Successors;
@@ -131,6 +133,7 @@ pub(crate) struct Executor {
     streams: Vec<Stream>,
     /// Keys of which a message runs or waits for its next attempt, with their successors.
     keys: HashMap<i32, Successors>,
+    catch_up: CatchUp,
     /// May run as soon as there is room.
     ready: VecDeque<Job>,
     /// Failed, by the time of their next attempt.
@@ -190,7 +193,7 @@ struct Job {
 /// What a task of the executor did.
 enum Ended {
     Run { job: Job, verdict: Verdict },
-    Loaded(keys::Loaded),
+    Loaded(catch_up::Loaded),
 }
 
 impl Executor {
@@ -218,6 +221,7 @@ impl Executor {
             draining: HashMap::new(),
             streams: Vec::new(),
             keys: HashMap::new(),
+            catch_up: CatchUp::default(),
             ready: VecDeque::new(),
             retries: BTreeMap::new(),
             failing: HashMap::new(),
@@ -250,8 +254,9 @@ impl Executor {
                 self.resync().await;
             }
             let progressed = if self.may_run() {
+                let caught_up = self.catch_up();
                 let started = self.start_ready();
-                self.take_in() || started
+                self.take_in() || started || caught_up
             } else {
                 false
             };

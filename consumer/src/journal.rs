@@ -1,4 +1,5 @@
-//! What became of messages that their lane passes without success: from the executor, by way of the session, to `postbox.redelivery`.
+//! What became of messages that their lane passes without success: from the executor, by way of the session, to `postbox.redelivery` and
+//! `postbox.parked_key`.
 //!
 //! It is written together with the checkpoint that passes them, so each message is in one place. See ARCHITECTURE.md, "Failure".
 
@@ -13,8 +14,20 @@ use crate::block::Record;
 #[derive(Default)]
 pub(crate) struct Journal {
     pub(crate) entries: BTreeMap<i64, Entry>,
+    /// From where on keys are parked, by their hashes.
+    pub(crate) parked: BTreeMap<i32, ParkedFrom>,
     /// Lanes that got past what their dead owners were doing.
     pub(crate) calm: Vec<u16>,
+}
+
+/// From where on a key is parked in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ParkedFrom {
+    pub(crate) lane: u16,
+    /// Under which the lane is owned; a stale one is refused.
+    pub(crate) epoch: i32,
+    /// `None`: it has caught up with its lane.
+    pub(crate) offset: Option<i64>,
 }
 
 /// What became of one message.
@@ -39,8 +52,6 @@ pub(crate) struct Entry {
 pub(crate) enum Fate {
     /// Runs again when it is due.
     Retry,
-    /// Waits for its predecessors.
-    Parked,
     /// Is about to run, perhaps for the last thing that this process does.
     Trying,
     /// Given up, and its key waits for an operator.
@@ -64,7 +75,6 @@ impl Fate {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Fate::Retry => "retry",
-            Fate::Parked => "parked",
             Fate::Trying => "trying",
             Fate::Halted => "halted",
             Fate::Dead => "dead",
@@ -75,7 +85,7 @@ impl Fate {
 
 impl Journal {
     pub(crate) fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.calm.is_empty()
+        self.entries.is_empty() && self.parked.is_empty() && self.calm.is_empty()
     }
 
     /// Notes what became of a message; what was noted and not yet written before is part of it.
@@ -96,12 +106,14 @@ impl Journal {
         for (offset, entry) in later.entries {
             self.put(offset, entry);
         }
+        self.parked.extend(later.parked);
         self.calm.extend(later.calm);
     }
 
     /// Forgets what concerns lanes that have another owner.
     pub(crate) fn forget(&mut self, lanes: &[u16]) {
         self.entries.retain(|_, entry| !lanes.contains(&entry.lane));
+        self.parked.retain(|_, parked| !lanes.contains(&parked.lane));
         self.calm.retain(|lane| !lanes.contains(lane));
     }
 }

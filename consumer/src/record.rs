@@ -17,7 +17,7 @@ const CHECKPOINT: &str = "SELECT postbox.checkpoint($1, $2, $3, $4, $5, $6, $7, 
 
 /// All in one transaction, so that a message is never in two places or in none.
 const RECORD: &str = "SELECT postbox.record($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, \
-     $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29)";
+     $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34)";
 
 /// Reports of several subscriptions, column by column.
 #[derive(Default)]
@@ -86,7 +86,7 @@ impl Columns {
             return Ok(accepted == lanes);
         }
         let rows = Rows::of(&self.journals, instance);
-        let sent = lanes + rows.offsets.len() as i64;
+        let sent = lanes + (rows.offsets.len() + rows.parked_keys.len()) as i64;
         let accepted: i64 = sqlx::query_scalar(RECORD)
             .bind(consumer)
             .bind(self.subscriptions)
@@ -117,6 +117,11 @@ impl Columns {
             .bind(rows.calm_subscriptions)
             .bind(rows.calm_lanes)
             .bind(self.lanes_of_pending)
+            .bind(rows.parked_subscriptions)
+            .bind(rows.parked_lanes)
+            .bind(rows.parked_epochs)
+            .bind(rows.parked_keys)
+            .bind(rows.parked_offsets)
             .fetch_one(executor)
             .await?;
         Ok(accepted == sent)
@@ -148,6 +153,11 @@ struct Rows<'a> {
     expiries: Vec<Option<DateTime<Utc>>>,
     calm_subscriptions: Vec<i32>,
     calm_lanes: Vec<i16>,
+    parked_subscriptions: Vec<i32>,
+    parked_lanes: Vec<i16>,
+    parked_epochs: Vec<i32>,
+    parked_keys: Vec<i32>,
+    parked_offsets: Vec<Option<i64>>,
 }
 
 impl<'a> Rows<'a> {
@@ -184,6 +194,13 @@ impl<'a> Rows<'a> {
                     .push(message.and_then(|m| m.content_type.as_deref()));
                 rows.payloads.push(message.map(|m| m.payload.as_ref()));
                 rows.expiries.push(message.and_then(|m| m.expires_at));
+            }
+            for (key, parked) in &journal.parked {
+                rows.parked_subscriptions.push(*subscription);
+                rows.parked_lanes.push(parked.lane as i16);
+                rows.parked_epochs.push(parked.epoch);
+                rows.parked_keys.push(*key);
+                rows.parked_offsets.push(parked.offset);
             }
             for lane in &journal.calm {
                 rows.calm_subscriptions.push(*subscription);

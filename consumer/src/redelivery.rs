@@ -1,4 +1,4 @@
-//! Reading `postbox.redelivery`: what a lane's new owner finds, and what operators put back.
+//! Reading `postbox.redelivery` and `postbox.parked_key`: what a lane's new owner finds, and what operators put back.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,8 +9,8 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgExecutor, Row};
 use uuid::Uuid;
 
-/// Parked messages read at once.
-pub(crate) const LOAD: i64 = 128;
+/// Copies of parked messages read at once.
+pub(crate) const COPIES: i64 = 128;
 
 /// Decisions of operators read at once.
 pub(crate) const DECIDED: i64 = 256;
@@ -37,10 +37,27 @@ pub(crate) enum HeldState {
     Released,
 }
 
-/// How many messages of a key are parked.
+/// A key with parked messages: first those that were copied, then those in the log.
 pub(crate) struct ParkedKey {
     pub(crate) key: i32,
-    pub(crate) count: usize,
+    pub(crate) parked: Parked,
+}
+
+/// Where the parked messages of a key are, from which offsets on; one of the two is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Parked {
+    /// Copied to `redelivery` before their slot was truncated.
+    pub(crate) copies: Option<i64>,
+    /// In the log.
+    pub(crate) log: Option<i64>,
+}
+
+impl Parked {
+    /// Nothing that is parked has an offset below this.
+    pub(crate) fn first(&self) -> i64 {
+        let first = [self.copies, self.log].into_iter().flatten().min();
+        first.unwrap_or(i64::MAX)
+    }
 }
 
 macro_rules! columns {
@@ -60,10 +77,13 @@ const OF_LANES: &str = columns!("lane = ANY ($2) AND state <> 'parked' ORDER BY 
 const OF_OPERATORS: &str =
     columns!("lane = ANY ($3) AND state IN ('redriven', 'released') ORDER BY \"offset\" LIMIT $2");
 
-const OF_KEY: &str = columns!("key_hash = $2 AND state = 'parked' ORDER BY \"offset\" LIMIT $3");
+const COPIES_OF_KEY: &str =
+    columns!("key_hash = $2 AND \"offset\" >= $3 AND state = 'parked' ORDER BY \"offset\" LIMIT $4");
 
-const PARKED_KEYS: &str = "SELECT key_hash, count(*) FROM postbox.redelivery \
-     WHERE subscription_id = $1 AND lane = ANY ($2) AND state = 'parked' AND key_hash IS NOT NULL GROUP BY key_hash";
+const PARKED_KEYS: &str = "SELECT key_hash, c.\"offset\", k.\"offset\" FROM ( \
+         SELECT key_hash, min(\"offset\") AS \"offset\" FROM postbox.redelivery \
+         WHERE subscription_id = $1 AND lane = ANY ($2) AND state = 'parked' GROUP BY key_hash) c \
+     FULL JOIN (SELECT key_hash, \"offset\" FROM postbox.parked_key WHERE subscription_id = $1 AND lane = ANY ($2)) k USING (key_hash)";
 
 /// What is held of lanes that were just claimed, by offset.
 pub(crate) async fn of_lanes(
@@ -91,14 +111,22 @@ pub(crate) async fn of_operators(
     )
 }
 
-/// The first parked messages of a key, in order, at most [`LOAD`].
-pub(crate) async fn of_key(
+/// Copies of parked messages of a key from an offset on, in order, at most [`COPIES`].
+pub(crate) async fn copies(
     executor: impl PgExecutor<'_>,
     subscription: i32,
     key: i32,
+    from: i64,
 ) -> Result<Vec<Held>, sqlx::Error> {
-    let query = sqlx::query(OF_KEY).bind(subscription).bind(key).bind(LOAD);
-    decode_all(&query.fetch_all(executor).await?)
+    decode_all(
+        &sqlx::query(COPIES_OF_KEY)
+            .bind(subscription)
+            .bind(key)
+            .bind(from)
+            .bind(COPIES)
+            .fetch_all(executor)
+            .await?,
+    )
 }
 
 /// Which keys of these lanes have parked messages.
@@ -107,16 +135,16 @@ pub(crate) async fn parked_keys(
     subscription: i32,
     lanes: &[i16],
 ) -> Result<Vec<ParkedKey>, sqlx::Error> {
-    let rows: Vec<(i32, i64)> = sqlx::query_as(PARKED_KEYS)
+    let rows: Vec<(i32, Option<i64>, Option<i64>)> = sqlx::query_as(PARKED_KEYS)
         .bind(subscription)
         .bind(lanes)
         .fetch_all(executor)
         .await?;
     Ok(rows
         .into_iter()
-        .map(|(key, count)| ParkedKey {
+        .map(|(key, copies, log)| ParkedKey {
             key,
-            count: count as usize,
+            parked: Parked { copies, log },
         })
         .collect())
 }

@@ -12,7 +12,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, PgPool, Postgres};
 use tokio::sync::watch;
 
-use crate::block::{Block, Entry, MESSAGE_OVERHEAD};
+use crate::block::{Block, Entry, MESSAGE_OVERHEAD, Record};
 use crate::lane::lane_of;
 
 /// Most messages in a block.
@@ -24,6 +24,9 @@ const CACHE_BYTES: usize = 8 * 1024 * 1024;
 const CACHE_BLOCKS: usize = 64;
 /// Segments read at once: an index of up to 65,536 messages.
 const INDEX_SEGMENTS: i64 = 64;
+
+/// Segments looked at for messages of some keys.
+const OF_KEYS_SEGMENTS: i64 = 16;
 
 type ReadResult = Result<Option<Arc<Block>>, Arc<postbox::Error>>;
 type SharedRead = Shared<BoxFuture<'static, ReadResult>>;
@@ -187,6 +190,77 @@ impl TopicLog {
         }
     }
 
+    /// The messages of some keys, of each from an offset on, before `to`: at most `limit`. Only their rows are read.
+    pub(crate) async fn of_keys(
+        &self,
+        keys: &HashMap<i32, i64>,
+        to: i64,
+        limit: usize,
+    ) -> Result<OfKeys, postbox::Error> {
+        let from = keys.values().copied().min().unwrap_or(to);
+        let wanted = |offset: Offset, key: Option<i32>| is_of(keys, offset.get(), key);
+        let mut connection = self.readers.acquire().await?;
+        let mut segments =
+            log::segments(&mut connection, &self.topic, Offset::new(from), OF_KEYS_SEGMENTS).await?;
+        loop {
+            let (start, end, expected) = span_of_keys(&segments, keys, from, to, limit);
+            let (first, last) = (Offset::new(start), Offset::new(end));
+            let found = match expected {
+                0 => Vec::new(),
+                _ => log::messages(&mut connection, &self.topic, &segments, first, last, wanted).await?,
+            };
+            let records: Vec<Record> = found.into_iter().flatten().map(Record::alone).collect();
+            let gone = expected - records.len();
+            if gone > 0 {
+                // As in `load`: their addresses may be new.
+                let now =
+                    log::segments(&mut connection, &self.topic, Offset::new(from), OF_KEYS_SEGMENTS).await?;
+                if !now.starts_with(&segments) {
+                    segments = now;
+                    continue;
+                }
+            }
+            return Ok(OfKeys { records, end, gone });
+        }
+    }
+
+    /// As [`of_keys`](Self::of_keys), without a read; `None` if not all of it is cached.
+    pub(crate) fn cached_of_keys(&self, keys: &HashMap<i32, i64>, to: i64, limit: usize) -> Option<OfKeys> {
+        let mut end = keys.values().copied().min()?;
+        let mut records = Vec::new();
+        let state = self.lock();
+        while end < to {
+            let (_, block) = state.blocks.range(..=end).next_back()?;
+            if end >= block.end() {
+                return None;
+            }
+            for offset in end..block.end().min(to) {
+                let index = (offset - block.base) as usize;
+                if is_of(keys, offset, block.key_hash(index)) {
+                    if records.len() == limit {
+                        return Some(OfKeys {
+                            records,
+                            end,
+                            gone: 0,
+                        });
+                    }
+                    match &block.entries[index] {
+                        Entry::Message(_) => records.extend(Record::new(block, index)),
+                        Entry::Unread(_) => return None,
+                        // It was said when the lane passed it.
+                        Entry::Gone(_) => {}
+                    }
+                }
+                end = offset + 1;
+            }
+        }
+        Some(OfKeys {
+            records,
+            end,
+            gone: 0,
+        })
+    }
+
     async fn read_index(
         &self,
         connection: &mut PgConnection,
@@ -325,6 +399,53 @@ impl State {
             self.age.retain(|known| *known != base);
         }
     }
+}
+
+/// Messages of some keys.
+pub(crate) struct OfKeys {
+    /// By offset.
+    pub(crate) records: Vec<Record>,
+    /// The offset before which these are all.
+    pub(crate) end: i64,
+    /// How many rows are not there any more.
+    pub(crate) gone: usize,
+}
+
+fn is_of(keys: &HashMap<i32, i64>, offset: i64, key: Option<i32>) -> bool {
+    key.and_then(|key| keys.get(&key))
+        .is_some_and(|from| offset >= *from)
+}
+
+/// From where to where to read for `limit` messages of these keys, if their size allows it, and how many there are.
+fn span_of_keys(
+    segments: &[Segment],
+    keys: &HashMap<i32, i64>,
+    from: i64,
+    to: i64,
+    limit: usize,
+) -> (i64, i64, usize) {
+    let first = segments.first().map_or(to, |segment| segment.base().get());
+    let start = from.max(first).min(to);
+    // Nothing is between the segments that there are and the lanes.
+    let mut end = if segments.len() < OF_KEYS_SEGMENTS as usize {
+        to
+    } else {
+        start
+    };
+    let (mut found, mut bytes) = (0, 0);
+    for segment in segments {
+        for offset in segment.base().get().max(start)..segment.end().get().min(to) {
+            if is_of(keys, offset, segment.key_hash(Offset::new(offset))) {
+                if found == limit || bytes >= BLOCK_BYTES {
+                    return (start, offset, found);
+                }
+                found += 1;
+                bytes += segment.mean_bytes() + MESSAGE_OVERHEAD;
+            }
+        }
+        end = end.max(segment.end().get().min(to));
+    }
+    (start, end, found)
 }
 
 fn ended(error: &tokio::task::JoinError) -> postbox::Error {

@@ -254,6 +254,7 @@ const MISSING: &str = "SELECT privilege FROM (VALUES \
          ('INSERT on postbox.checkpoint', has_table_privilege('postbox.checkpoint', 'INSERT')), \
          ('UPDATE on postbox.lane', has_table_privilege('postbox.lane', 'UPDATE')), \
          ('DELETE on postbox.redelivery', has_table_privilege('postbox.redelivery', 'DELETE')), \
+         ('DELETE on postbox.parked_key', has_table_privilege('postbox.parked_key', 'DELETE')), \
          ('TRUNCATE on postbox.outbox_0 to postbox.outbox_7', \
              (SELECT bool_and(has_table_privilege(format('postbox.outbox_%s', n), 'TRUNCATE')) FROM generate_series(0, 7) n)) \
      ) AS p (privilege, granted) WHERE NOT granted";

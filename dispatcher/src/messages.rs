@@ -112,6 +112,7 @@ const GROUPS: &str = "SELECT s.group_name, \
              WHEN r.state = 'released' THEN 'dead' \
              WHEN r.state IS NOT NULL THEN r.state \
              WHEN d.id IS NOT NULL THEN 'dead' \
+             WHEN k.\"offset\" <= $2 THEN CASE WHEN l.position > $2 THEN 'parked' ELSE 'waiting' END \
              WHEN l.position > $2 AND NOT $2 = ANY (l.pending) THEN 'delivered' \
              WHEN EXISTS (SELECT FROM postbox.settlement t \
                  WHERE t.subscription_id = s.id AND t.lane = n.lane AND t.\"offset\" = $2) THEN 'delivered' \
@@ -124,6 +125,7 @@ const GROUPS: &str = "SELECT s.group_name, \
      FROM postbox.subscription s \
      CROSS JOIN LATERAL (SELECT (coalesce(postbox.key_hash($3::text)::bigint, $2) % s.lanes)::smallint AS lane) n \
      LEFT JOIN LATERAL postbox.lane_state(s.id, n.lane) l ON true \
+     LEFT JOIN postbox.parked_key k ON k.subscription_id = s.id AND k.key_hash = postbox.key_hash($3::text) \
      LEFT JOIN postbox.redelivery r ON r.subscription_id = s.id AND r.\"offset\" = $2 \
      LEFT JOIN postbox.dead_letter d ON d.subscription_id = s.id AND d.\"offset\" = $2 \
      WHERE s.topic = $1 ORDER BY s.group_name";

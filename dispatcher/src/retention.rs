@@ -23,7 +23,8 @@ const TRUNCATE_LOG: &str =
     "SELECT $1 AS slot, outcome, messages, bytes, detail FROM postbox.truncate_log($1)";
 
 /// Each alone: none depends on another.
-const TRUNCATE_REST: [&str; 3] = [
+const TRUNCATE_REST: [&str; 4] = [
+    "SELECT postbox.copy_parked($1)",
     "SELECT postbox.truncate_checkpoints($1)",
     "SELECT postbox.truncate_settlements($1)",
     "SELECT postbox.truncate_ticks($1)",

@@ -78,7 +78,7 @@ pub struct SubscriptionStatus {
     pub next_offset: i64,
     /// Upper bound of the messages not settled: those from `position` on.
     pub lag: i64,
-    /// Messages not settled, without those in redelivery.
+    /// Messages not settled, without those that failed and those that are parked.
     pub backlog: i64,
     /// Whether `backlog` is exact; else its lanes are more than 65,536 offsets apart, and it is estimated as if keys were spread evenly.
     pub backlog_exact: bool,
@@ -104,7 +104,7 @@ pub struct SubscriptionStatus {
     pub drain_window: Option<String>,
     /// Messages that failed and wait for their next attempt; those that an operator has put back are among them.
     pub retrying: i64,
-    /// Messages that wait for a failed one of their key.
+    /// Messages that wait for a failed one of their key, and are not in memory; an estimate where the key is more than 65,536 offsets behind.
     pub parked: i64,
     /// Messages whose attempts are exhausted and whose keys wait for an operator. They are dead letters too.
     pub halted: i64,
@@ -147,7 +147,7 @@ const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes
          s.id IN (SELECT * FROM postbox.live_subscriptions()) AS live, s.last_live_at, \
          coalesce(h.messages, 0) AS held_messages, coalesce(h.bytes, 0) AS held_bytes, h.since AS held_since, \
          s.paused, s.rate_limit, s.instance_rate_limit, s.drain_window, \
-         r.retrying, r.parked, r.halted, \
+         r.retrying, r.parked + postbox.parked(s.id) AS parked, r.halted, \
          (SELECT count(*) FROM postbox.dead_letter d WHERE d.subscription_id = s.id) AS dead, \
          (SELECT b.breaker FROM postbox.consumer c \
              CROSS JOIN jsonb_array_elements(CASE jsonb_typeof(c.report) WHEN 'array' THEN c.report ELSE '[]' END) AS e (entry) \

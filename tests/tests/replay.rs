@@ -251,22 +251,36 @@ async fn a_range_is_replayed_in_order_to_one_group_and_its_cursor_stays() {
 async fn a_seek_back_takes_failed_messages_from_the_log_again_and_a_seek_on_keeps_them() {
     let bench = bench().await;
     let consumer = bench.start(handlers![refuse]).await;
-    publish_steps(&bench.pool(), &steps(4, 1)).await;
+    publish_steps(&bench.pool(), &steps(4, 3)).await;
     eventually(PATIENCE, async || {
         let failed = bench.number("SELECT count(*) FROM postbox.redelivery").await;
-        if failed == 4 { Ok(()) } else { Err(failed) }
+        let parked = "SELECT sum(postbox.parked(id))::bigint FROM postbox.subscription";
+        let parked = bench.number(parked).await;
+        if (failed, parked) == (4, 8) {
+            Ok(())
+        } else {
+            Err((failed, parked))
+        }
     })
     .await;
     consumer.shutdown().await.unwrap();
+    // These are skipped, though they are of the same keys.
+    publish_steps(&bench.pool(), &steps(4, 1)).await;
+    eventually(PATIENCE, async || {
+        let next = bench.number("SELECT postbox.next_offset('steps')").await;
+        if next == 16 { Ok(()) } else { Err(next) }
+    })
+    .await;
     seek(&bench, "refuser", Position::Latest).await;
-    assert_eq!(bench.number("SELECT count(*) FROM postbox.redelivery").await, 4);
+    assert_eq!(bench.number("SELECT count(*) FROM postbox.redelivery").await, 12);
+    assert_eq!(bench.number("SELECT count(*) FROM postbox.parked_key").await, 0);
     seek(&bench, "refuser", Position::Offset(1)).await;
     assert_eq!(bench.number("SELECT count(*) FROM postbox.redelivery").await, 1);
     assert_eq!(
         bench
             .number("SELECT sum(messages)::bigint FROM postbox.subscription s, postbox.backlog(s.id)")
             .await,
-        3
+        15
     );
 }
 

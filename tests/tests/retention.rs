@@ -745,6 +745,40 @@ async fn what_failed_outlives_its_slot() {
     consumer.shutdown().await.unwrap();
 }
 
+/// A key that waits for long does not hold the slots of the topic: what it has parked is copied.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_parked_outlives_its_slot_and_holds_none() {
+    let bench = bench().await;
+    let history = History::default();
+    let consumer = |handlers| bench.consumer(handlers).state(history.clone()).window(16);
+    let first = consumer(handlers![refuse_at_first]).start().await.unwrap();
+    for slot in 0..12 {
+        let round: Vec<Step> = (0..20)
+            .flat_map(|n| [step("0", slot * 20 + n), step("1", slot * 20 + n)])
+            .collect();
+        publish_steps(&bench.pool(), &round).await;
+        history.has((slot as usize + 1) * 20).await;
+        next_slot(&bench.db).await;
+    }
+    let first_offset = bench.number("SELECT postbox.first_offset('steps')").await;
+    assert!(first_offset >= 80, "{first_offset}: the slots are held");
+    let copies = bench
+        .number("SELECT count(*) FROM postbox.redelivery WHERE state = 'parked'")
+        .await;
+    let in_the_log = bench
+        .number("SELECT sum(postbox.parked(id))::bigint FROM postbox.subscription")
+        .await;
+    assert!(copies > 0 && in_the_log > 0);
+    assert_eq!(copies + in_the_log, 239, "{copies} copies");
+    first.shutdown().await.unwrap();
+    let second = consumer(handlers![keep_refused]).start().await.unwrap();
+    bench.db.advance(2 * HOUR).await.unwrap();
+    history.has(480).await;
+    settled_up_to(&bench, 480).await;
+    history.assert_in_order_and_alone(2, 240);
+    second.shutdown().await.unwrap();
+}
+
 #[handler(group = "refuser", retry(backoff = "fixed(1h)"))]
 async fn refuse_at_first(step: Step, State(history): State<History>) -> Result<(), HandlerError> {
     if step.key == "0" {

@@ -126,7 +126,7 @@ impl Executor {
         let failing_key = job.key.filter(|_| job.stored);
         self.retries.insert((due, job.offset), job);
         if let Some(key) = failing_key {
-            self.head_fails(key);
+            self.head_fails(key, Some(due));
         }
     }
 
@@ -204,7 +204,7 @@ impl Executor {
         self.failing.remove(&job.offset);
         self.halted.insert(job.offset, (job.lane, job.key));
         if let Some(key) = job.key {
-            self.head_fails(key);
+            self.head_fails(key, None);
         }
     }
 
@@ -230,17 +230,13 @@ impl Executor {
         let Some(epoch) = self.epoch(job.lane).filter(|_| self.membership.is_some()) else {
             return;
         };
-        let attempts = match fate {
-            Fate::Parked => job.attempt - 1,
-            _ => job.attempt,
-        };
         self.journal.put(
             job.offset,
             Entry {
                 lane: job.lane,
                 epoch,
                 fate,
-                attempts,
+                attempts: job.attempt,
                 due: due.unwrap_or_else(Instant::now),
                 failures: error
                     .map(|error| Failure {
@@ -264,9 +260,9 @@ impl Executor {
         for held in held {
             self.adopt_one(held);
         }
-        for ParkedKey { key, count } in parked {
+        for ParkedKey { key, parked } in parked {
             let vacant = !self.keys.contains_key(&key);
-            self.keys.entry(key).or_default().parked = count;
+            self.keys.entry(key).or_default().parked = Some(parked);
             if vacant {
                 self.release_key(key);
             }

@@ -129,12 +129,15 @@ impl Executor {
             .len()
             .max(self.unrecorded + self.journal.entries.len())
             < self.plan.window;
-        self.open
-            // Under a limit there is no use in more than may soon run.
-            && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency)
+        self.wants_more()
             && (room && self.intake() == Intake::Closed
                 // Nothing that is in memory can be the probe, so it is the next message.
                 || self.wants_probe())
+    }
+
+    /// Under a limit there is no use in more than may soon run.
+    pub(super) fn wants_more(&self) -> bool {
+        self.open && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency)
     }
 
     /// Takes in messages of blocks that were read; says whether there were any.

@@ -1,73 +1,73 @@
-//! The order of keys: what waits behind the message of a key, in memory or in the database.
+//! The order of keys: what waits behind the message of a key, in memory or in the log.
 //!
-//! A message whose key is held goes behind it. While the head of a key fails and memory is short, its successors are *parked*: copied to
-//! `postbox.redelivery`, from where they are read in order when the head is settled. While a key has parked messages, whatever comes for
-//! it is parked behind them.
+//! A message whose key is held goes behind it. While the head of a key fails, and memory is short or it fails for long, its successors are
+//! *parked*: forgotten, but for the offset of the first of them. From there on the key's messages are neither settled nor pending, whatever the lane's position: the lane
+//! passes them by, until the key has caught up with it (`catch_up.rs`).
 //!
-//! *What is before a parked message of its key is settled or has a row too*, so that a new owner, who finds the rows at once and the rest by and
-//! by in the log, cannot run one before it: so only behind a head that has a row, and all that wait or none.
+//! *What is in memory of a key is before what is parked.* So a new owner, who finds the one pending and the other parked, runs them in order if it
+//! takes in all that is pending first.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use tracing::warn;
-
-use super::report::Afterwards;
-use super::{Ended, Executor, Job};
+use super::{Executor, Job};
 use crate::handler::Order;
-use crate::journal::Fate;
+use crate::journal::ParkedFrom;
 use crate::lane::lane_of;
-use crate::redelivery::{self, Held, LOAD};
+use crate::redelivery::Parked;
 
-/// The wait before parked messages that could not be read are read again.
-const LOAD_WAIT: Duration = Duration::from_millis(500);
+/// Beyond such a wait of the head, what waits behind it is not kept in memory, and does not hold its slot.
+const LONG: Duration = Duration::from_secs(60);
 
 /// What waits behind the message of a key.
 #[derive(Default)]
 pub(super) struct Successors {
     /// In memory, in order.
     pub(super) queue: VecDeque<Job>,
-    /// How many are in the database, all behind those in memory.
-    pub(super) parked: usize,
+    /// Where the rest is, all of it behind those in memory.
+    pub(super) parked: Option<Parked>,
     /// The head has a row: it failed and waits for its next attempt, or for an operator.
     pub(super) failing: bool,
-    /// Parked ones are being read: there is no head.
-    loading: bool,
-}
-
-/// Parked messages of a key that were read.
-pub(super) struct Loaded {
-    key: i32,
-    lane: u16,
-    epoch: i32,
-    /// How many were parked as of the report after which it was read.
-    parked: usize,
-    rows: Result<Vec<Held>, String>,
+    /// It waits so long that its successors are not to hold their slots.
+    for_long: bool,
+    /// Nothing of the key runs, is ready or waits for an attempt.
+    pub(super) headless: bool,
+    /// What is parked is being read, now and then.
+    pub(super) catching_up: bool,
+    /// Numbers and first offsets of what was read and may not run before it is recorded that it is not parked any more.
+    pub(super) unrecorded: VecDeque<(u64, i64)>,
 }
 
 impl Executor {
     /// Puts a message behind its key if that is held; gives it back if it is not.
     pub(super) fn queue_behind_its_key(&mut self, job: Job) -> Option<Job> {
         let Some(key) = job.key else { return Some(job) };
-        let may_park = self.may_park();
+        let memory_is_short = self.memory_is_short();
         let Some(successors) = self.keys.get_mut(&key) else {
             return Some(job);
         };
-        if successors.parked > 0 {
-            self.park(key, job);
-        } else if successors.failing && may_park {
-            self.park_queue(key);
-            self.park(key, job);
-        } else {
-            self.unsettled.insert(job.offset, job.lane);
-            successors.queue.push_back(job);
+        let (failing, for_long) = (successors.failing, successors.for_long);
+        match successors.parked {
+            Some(parked) if parked.first() <= job.offset => self.park(key, job.offset),
+            None if failing && (memory_is_short || for_long) => {
+                self.park_queue(key);
+                self.park(key, job.offset);
+            }
+            _ if successors.headless && successors.queue.is_empty() => {
+                successors.headless = false;
+                return Some(job);
+            }
+            _ => {
+                self.unsettled.insert(job.offset, job.lane);
+                successors.queue.push_back(job);
+            }
         }
         None
     }
 
     pub(super) fn hold_key(&mut self, job: &Job) {
         if let Some(key) = job.key {
-            self.keys.entry(key).or_default();
+            self.keys.entry(key).or_default().headless = false;
         }
     }
 
@@ -77,122 +77,109 @@ impl Executor {
             return;
         };
         successors.failing = false;
-        if let Some(next) = successors.queue.pop_front() {
-            match next.halted {
-                true => self.halt(next),
-                false => self.ready.push_back(next),
+        successors.for_long = false;
+        if successors.parked.is_some() && !successors.catching_up {
+            successors.catching_up = true;
+            self.catch_up.wait(key);
+        }
+        let unrecorded = successors.unrecorded.front().map(|(_, first)| *first);
+        match successors.queue.front() {
+            Some(next) if unrecorded.is_none_or(|first| next.offset < first) => {
+                successors.headless = false;
+                if let Some(next) = successors.queue.pop_front() {
+                    match next.halted {
+                        true => self.halt(next),
+                        false => self.ready.push_back(next),
+                    }
+                }
             }
-        } else if successors.parked == 0 {
-            self.keys.remove(&key);
-        } else if !successors.loading {
-            successors.loading = true;
-            // Once all that was parked so far is in the database, and all that was settled is not.
-            self.afterwards.push(Afterwards::Load { key, parked: 0 });
-            self.report_soon();
+            None if successors.parked.is_none() => {
+                self.keys.remove(&key);
+            }
+            _ => successors.headless = true,
         }
     }
 
-    /// The head of the key has failed and has a row: when memory is short, what waits behind it is parked.
-    pub(super) fn head_fails(&mut self, key: i32) {
-        let Some(successors) = self.keys.get_mut(&key) else {
+    /// The head of the key has failed and has a row, and waits until it is due, or for an operator.
+    pub(super) fn head_fails(&mut self, key: i32, due: Option<Instant>) {
+        let memory_is_short = self.memory_is_short();
+        let Some(successors) = self.keys.get_mut(&key).filter(|_| self.plan.order == Order::Key) else {
             return;
         };
         successors.failing = true;
-        if self.may_park() {
+        successors.for_long = due.is_none_or(|due| due > Instant::now() + LONG);
+        successors.catching_up = false;
+        if memory_is_short || successors.for_long {
             self.park_queue(key);
         }
     }
 
+    /// Forgets what waits in memory. What has a row that an operator may change stays.
     fn park_queue(&mut self, key: i32) {
-        let queue = self
-            .keys
-            .get_mut(&key)
-            .map(|successors| std::mem::take(&mut successors.queue));
-        for job in queue.into_iter().flatten() {
-            self.park(key, job);
+        let Some(successors) = self.keys.get_mut(&key) else {
+            return;
+        };
+        successors.unrecorded.clear();
+        let mut first = None;
+        for job in std::mem::take(&mut successors.queue) {
+            if self.failing.contains_key(&job.offset) {
+                successors.queue.push_back(job);
+            } else if job.stored {
+                // A copy.
+                let parked = successors.parked.get_or_insert_default();
+                parked.copies = parked.copies.into_iter().chain([job.offset]).min();
+            } else {
+                self.unsettled.remove(&job.offset);
+                first.get_or_insert(job.offset);
+            }
+        }
+        if let Some(first) = first {
+            self.park_from(key, first);
         }
     }
 
-    /// Half the window is left to the keys that do not fail. Where a failure holds up everything, the cursor waits instead.
-    fn may_park(&self) -> bool {
-        self.plan.order == Order::Key
-            && self.membership.is_some()
-            && self.unsettled.len() > self.plan.window / 2
+    /// Half the window is left to the keys that do not fail.
+    fn memory_is_short(&self) -> bool {
+        self.unsettled.len() > self.plan.window / 2
     }
 
-    fn park(&mut self, key: i32, job: Job) {
-        self.unsettled.remove(&job.offset);
-        self.failing.remove(&job.offset);
-        self.note(&job, Fate::Parked, None, None);
-        self.keys.entry(key).or_default().parked += 1;
-        if self.breaker.parked(Instant::now()) {
+    /// A message that comes is parked.
+    fn park(&mut self, key: i32, offset: i64) {
+        let Some(successors) = self.keys.get(&key) else {
+            return;
+        };
+        // Few keys that fail slowly may be all there are. One that waits for long says nothing of the others.
+        let counts = successors.failing && !successors.for_long;
+        if successors.parked.is_none_or(|parked| parked.log.is_none()) {
+            self.park_from(key, offset);
+        }
+        if counts && self.breaker.parked(Instant::now()) {
             self.warn_open();
         }
     }
 
-    /// How many messages of a key are parked.
-    pub(super) fn parked(&self, key: i32) -> usize {
-        self.keys.get(&key).map_or(0, |successors| successors.parked)
+    /// From this offset on the key's messages are parked.
+    fn park_from(&mut self, key: i32, offset: i64) {
+        if let Some(successors) = self.keys.get_mut(&key) {
+            successors.parked.get_or_insert_default().log = Some(offset);
+            self.note_parked(key);
+        }
     }
 
-    /// Reads the next parked messages of a key, of which so many are recorded.
-    pub(super) fn load(&mut self, key: i32, parked: usize) {
+    /// Notes from where on a key is parked, for the next report.
+    pub(super) fn note_parked(&mut self, key: i32) {
         let lane = lane_of(0, Some(key), self.lane_count);
-        let (Some(epoch), Some(membership)) = (self.epoch(lane), &self.membership) else {
-            return;
-        };
-        let (subscription, log) = (membership.subscription, self.log.clone());
-        self.tasks.spawn(async move {
-            let rows = async {
-                let mut connection = log.connection().await?;
-                redelivery::of_key(&mut *connection, subscription, key).await
-            };
-            let rows = rows.await.map_err(|error: sqlx::Error| error.to_string());
-            if rows.is_err() {
-                tokio::time::sleep(LOAD_WAIT).await;
-            }
-            Ended::Loaded(Loaded {
-                key,
-                lane,
-                epoch,
-                parked,
-                rows,
-            })
-        });
+        let Some(epoch) = self.epoch(lane) else { return };
+        let offset = self.parked(key).and_then(|parked| parked.log);
+        self.journal
+            .parked
+            .insert(key, ParkedFrom { lane, epoch, offset });
+        self.dirty = true;
     }
 
-    pub(super) fn loaded(&mut self, loaded: Loaded) {
-        let Loaded { key, lane, epoch, .. } = loaded;
-        if self.epoch(lane) != Some(epoch) || self.draining.contains_key(&lane) || self.stop_by.is_some() {
-            return;
-        }
-        let rows = match loaded.rows {
-            Ok(rows) => rows,
-            Err(error) => {
-                warn!(group = %self.plan.group, topic = %self.plan.topic, error, "cannot read parked messages; trying again");
-                return self.load(key, loaded.parked);
-            }
-        };
-        let read = rows.len();
-        let mut jobs = Vec::with_capacity(read);
-        for held in rows {
-            jobs.extend(self.stored_job(held));
-        }
-        let Some(successors) = self.keys.get_mut(&key) else {
-            return;
-        };
-        successors.loading = false;
-        // Fewer than it asks for are all that are recorded, whatever the count says.
-        let gone = if (read as i64) < LOAD {
-            read.max(loaded.parked)
-        } else {
-            read
-        };
-        successors.parked = successors.parked.saturating_sub(gone);
-        for job in jobs {
-            self.insert_successor(key, job);
-        }
-        self.release_key(key);
+    /// Where the parked messages of a key are.
+    pub(super) fn parked(&self, key: i32) -> Option<Parked> {
+        self.keys.get(&key)?.parked
     }
 
     /// By its offset among those in memory.

@@ -20,8 +20,8 @@ pub(super) const REPORT_EVERY: Duration = Duration::from_millis(50);
 pub(super) enum Afterwards {
     /// A run may begin.
     Run(oneshot::Sender<()>),
-    /// The parked messages of a key are read: so many are recorded.
-    Load { key: i32, parked: usize },
+    /// What a key had parked may run.
+    TakenUp { key: i32, load: u64 },
     /// A message is among the dead letters.
     Buried {
         lane: u16,
@@ -69,17 +69,11 @@ impl Executor {
         let offsets: Vec<i64> = journal.entries.keys().copied().collect();
         let number = progress.put(self.snapshot(|_| true), journal, self.urgent);
         if !offsets.is_empty() || !self.afterwards.is_empty() {
-            let mut afterwards = std::mem::take(&mut self.afterwards);
-            for each in &mut afterwards {
-                if let Afterwards::Load { key, parked } = each {
-                    *parked = self.parked(*key);
-                }
-            }
             self.unrecorded += offsets.len();
             self.recording.push_back(Recording {
                 number,
                 offsets,
-                afterwards,
+                afterwards: std::mem::take(&mut self.afterwards),
             });
         }
         self.dirty = false;
@@ -119,7 +113,7 @@ impl Executor {
             Afterwards::Run(recorded) => {
                 let _ = recorded.send(());
             }
-            Afterwards::Load { key, parked } => self.load(key, parked),
+            Afterwards::TakenUp { key, load } => self.taken_up(key, load),
             Afterwards::Buried {
                 lane,
                 epoch,

@@ -12,7 +12,7 @@ use super::report::Afterwards;
 use super::{Executor, Job};
 use crate::block::Record;
 use crate::journal::{Entry, Fate};
-use crate::lane::OwnedLane;
+use crate::lane::{OwnedLane, lane_of};
 use crate::settlement::Verdict;
 
 /// From so many dead owners in a row on.
@@ -171,7 +171,15 @@ impl Executor {
                 .unsettled
                 .iter()
                 .any(|(offset, of)| of == number && *offset < lane.suspect_below);
-            if passed && !open {
+            let lanes = self.lane_count;
+            let behind = self.keys.iter().any(|(key, successors)| {
+                successors.catching_up
+                    && lane_of(0, Some(*key), lanes) == *number
+                    && successors
+                        .parked
+                        .is_some_and(|parked| parked.first() < lane.suspect_below)
+            });
+            if passed && !open && !behind {
                 lane.crashes = 0;
                 lane.suspect_below = i64::MIN;
                 self.journal.calm.push(*number);

@@ -207,7 +207,7 @@ pub async fn settled(pool: &PgPool, group: &str) {
             .map_err(|error| error.to_string())?;
         let status = postbox_dispatcher::status::read(pool).await.map_err(|error| error.to_string())?;
         // What failed has a row of its own; one that waits for an operator would wait for ever.
-        let held: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.redelivery r JOIN postbox.subscription s ON s.id = r.subscription_id WHERE s.group_name = $1 AND r.state <> 'halted'")
+        let held: i64 = sqlx::query_scalar("SELECT (SELECT count(*) FROM postbox.redelivery r JOIN postbox.subscription s ON s.id = r.subscription_id WHERE s.group_name = $1 AND r.state <> 'halted') + (SELECT count(*) FROM postbox.parked_key k JOIN postbox.subscription s ON s.id = k.subscription_id WHERE s.group_name = $1)")
             .bind(group)
             .fetch_one(pool)
             .await

@@ -1,6 +1,7 @@
 //! `postbox bench`
 
 mod backlog;
+mod failures;
 mod fanout;
 mod floor;
 mod ground;
@@ -63,6 +64,8 @@ enum Bench {
     Idle,
     /// Publishing and draining with many messages pending, against few
     Backlog(backlog::Args),
+    /// A backlog of which one key in ten fails three times, against one without failures
+    Failures(failures::Args),
     /// Throughput and latency while another session holds the xmin horizon: the last ten seconds against the first
     HeldXmin,
     /// What a delivery costs with more groups, topics, keys, instances or backlog, against few
@@ -164,6 +167,7 @@ impl Bench {
             Bench::Tx,
             Bench::Idle,
             Bench::Backlog(backlog::Args::default()),
+            Bench::Failures(failures::Args::default()),
             Bench::HeldXmin,
             Bench::Growth(growth::Args::default()),
         ]
@@ -178,6 +182,7 @@ impl Bench {
             Bench::Tx => "tx",
             Bench::Idle => "idle",
             Bench::Backlog(_) => "backlog",
+            Bench::Failures(_) => "failures",
             Bench::HeldXmin => "held-xmin",
             Bench::Growth(_) => "growth",
             Bench::All | Bench::Worker(_) => "all",
@@ -193,6 +198,7 @@ impl Bench {
             Bench::Tx => tx::measure(ground).await,
             Bench::Idle => idle::measure(ground).await,
             Bench::Backlog(args) => backlog::measure(ground, args).await,
+            Bench::Failures(args) => failures::measure(ground, args).await,
             Bench::HeldXmin => held_xmin::measure(ground).await,
             Bench::Growth(args) => growth::measure(ground, args).await,
             Bench::All | Bench::Worker(_) => Ok(Vec::new()),

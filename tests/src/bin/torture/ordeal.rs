@@ -341,7 +341,7 @@ const CREW: [(Target, usize); 3] = [
     (Target::Producer, plan::PRODUCERS),
 ];
 
-const DUMPS: [(&str, &str); 8] = [
+const DUMPS: [(&str, &str); 9] = [
     (
         "consumer",
         "SELECT row_to_json(t)::text FROM postbox.consumer t ORDER BY id",
@@ -372,6 +372,10 @@ const DUMPS: [(&str, &str); 8] = [
     (
         "redelivery",
         "SELECT row_to_json(t)::text FROM postbox.redelivery t ORDER BY subscription_id, \"offset\"",
+    ),
+    (
+        "parked_key",
+        "SELECT row_to_json(t)::text FROM postbox.parked_key t ORDER BY subscription_id, key_hash",
     ),
     (
         "dead_letter",

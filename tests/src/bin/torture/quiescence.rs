@@ -16,6 +16,9 @@ pub(crate) async fn what_is_left(pool: &PgPool) -> anyhow::Result<Option<String>
     let waiting: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.redelivery WHERE state <> 'halted'")
         .fetch_one(pool)
         .await?;
+    let behind: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.parked_key")
+        .fetch_one(pool)
+        .await?;
     let mut left = Vec::new();
     if unsequenced != 0 {
         left.push(format!("{unsequenced} messages are not in order"));
@@ -33,6 +36,9 @@ pub(crate) async fn what_is_left(pool: &PgPool) -> anyhow::Result<Option<String>
     }
     if waiting != 0 {
         left.push(format!("{waiting} messages wait for another attempt"));
+    }
+    if behind != 0 {
+        left.push(format!("{behind} keys have parked messages"));
     }
     Ok((!left.is_empty()).then(|| left.join(", ")))
 }

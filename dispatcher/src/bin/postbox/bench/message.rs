@@ -6,9 +6,10 @@ use postbox::{JSON, Outgoing};
 pub(crate) const PAYLOAD: &[u8] =
     br#"{"order_id":"0190163d-8694-739b-aea5-966c26f8ad91","total_cents":1999,"currency":"EUR"}"#;
 
-/// One of a thousand keys.
+pub(crate) const KEYS: u64 = 1000;
+
 pub(crate) fn key(n: u64) -> String {
-    (n % 1000).to_string()
+    (n % KEYS).to_string()
 }
 
 pub(crate) fn message(topic: &str, n: u64) -> Outgoing {
