@@ -22,6 +22,7 @@ use tracing::warn;
 
 use crate::block::Record;
 use crate::breaker::Breaker;
+use crate::checkout::Checkout;
 use crate::clock::DatabaseClock;
 use crate::handler::Order;
 use crate::journal::Journal;
@@ -148,6 +149,8 @@ pub(crate) struct Executor {
     unsettled: BTreeMap<i64, u16>,
     tasks: JoinSet<Ended>,
     running: HashMap<i64, (AbortHandle, u16)>,
+    /// Connections that the next transactional handlers take over from those before.
+    checkouts: Vec<Checkout>,
     reading: Option<Reading>,
     inline_cost: InlineCost,
     seen: Option<SeenTail>,
@@ -185,11 +188,24 @@ struct Job {
     suspect: bool,
     /// It was given up: when its turn comes, its key waits for an operator.
     halted: bool,
+    /// Of a transactional handler: whatever it waited for had ended then.
+    ready_since: Option<Instant>,
+}
+
+impl Job {
+    /// Nothing that it waited for is left.
+    fn is_ready(&mut self) {
+        self.ready_since = self.handler.transactional.then(Instant::now);
+    }
 }
 
 /// What a task of the executor did.
 enum Ended {
-    Run { job: Job, verdict: Verdict },
+    Run {
+        job: Job,
+        verdict: Verdict,
+        checkout: Option<Checkout>,
+    },
     Loaded(keys::Loaded),
 }
 
@@ -229,6 +245,7 @@ impl Executor {
             unsettled: BTreeMap::new(),
             tasks: JoinSet::new(),
             running: HashMap::new(),
+            checkouts: Vec::new(),
             reading: None,
             inline_cost: InlineCost::default(),
             resync_at: None,
@@ -262,6 +279,7 @@ impl Executor {
             {
                 return self.end().await;
             }
+            self.hand_back(progressed);
             if progressed {
                 while let Ok(command) = self.commands.try_recv() {
                     self.obey(command).await;
@@ -276,6 +294,12 @@ impl Executor {
             self.begin_read();
             self.wait().await;
         }
+    }
+
+    /// Nothing is kept from the pool that nothing is ready for.
+    fn hand_back(&mut self, progressed: bool) {
+        self.checkouts
+            .retain(|checkout| progressed && checkout.may_stay());
     }
 
     /// Waits until something can have changed.

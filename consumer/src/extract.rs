@@ -17,7 +17,7 @@ pub use raw::Raw;
 pub use scheduled_at::ScheduledAt;
 pub use state::State;
 pub use tx::Tx;
-pub(crate) use tx::{TxConnection, TxSlot};
+pub(crate) use tx::TxSlot;
 
 use crate::block::Record;
 use crate::handler::{HandlerDefinition, HandlerError};

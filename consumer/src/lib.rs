@@ -30,6 +30,7 @@
 
 mod block;
 mod breaker;
+mod checkout;
 mod clock;
 mod consumer;
 mod cron;

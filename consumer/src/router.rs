@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::extract::{Invocation, TxConnection};
+use crate::extract::Invocation;
 use crate::handler::{BoxFuture, DeadLetterHook, Expired, HandlerDefinition, Outcome};
 use crate::retry::Retry;
 
@@ -41,11 +41,6 @@ impl Handler {
     pub(crate) fn call(&self, invocation: Invocation) -> BoxFuture<Outcome> {
         (self.run)(invocation)
     }
-}
-
-/// Where a handler's transaction is while the handler runs.
-pub(crate) fn tx_slot(connection: TxConnection) -> crate::extract::TxSlot {
-    Arc::new(std::sync::Mutex::new(Some(connection)))
 }
 
 impl Router {

@@ -77,7 +77,8 @@ impl Executor {
             return;
         };
         successors.failing = false;
-        if let Some(next) = successors.queue.pop_front() {
+        if let Some(mut next) = successors.queue.pop_front() {
+            next.is_ready();
             match next.halted {
                 true => self.halt(next),
                 false => self.ready.push_back(next),

@@ -12,11 +12,12 @@ use tracing::{info, warn};
 use super::{Ended, Event, Executor, Job};
 use crate::block::Record;
 use crate::breaker::Allowed;
+use crate::checkout::Checkout;
 use crate::extract::Invocation;
 use crate::handler::{HandlerError, Order, Outcome};
 use crate::journal::Fate;
 use crate::progress::{Counters, Intake};
-use crate::settlement::{self, Fence, Verdict};
+use crate::settlement::{self, Desk, Fence, Verdict};
 
 /// The wait before a transaction that could not begin is tried again.
 const INFRASTRUCTURE_WAIT: Duration = Duration::from_millis(200);
@@ -61,7 +62,7 @@ impl Executor {
             Order::Topic => Some(0),
             Order::None => None,
         };
-        Some(Job {
+        let mut job = Job {
             record,
             handler,
             offset,
@@ -72,7 +73,10 @@ impl Executor {
             stored: false,
             suspect: false,
             halted: false,
-        })
+            ready_since: None,
+        };
+        job.is_ready();
+        Some(job)
     }
 
     /// Starts what is ready or due again; says whether there was anything.
@@ -125,7 +129,9 @@ impl Executor {
 
     fn due_retry(&mut self, now: Instant) -> Option<Job> {
         let entry = self.retries.first_entry().filter(|entry| entry.key().0 <= now)?;
-        Some(entry.remove())
+        let mut job = entry.remove();
+        job.is_ready();
+        Some(job)
     }
 
     /// A probe is due, and nothing that is in memory can be it.
@@ -190,7 +196,7 @@ impl Executor {
     }
 
     /// The whole run as a future, for one that must not begin here and now.
-    pub(super) fn run_of(&self, job: &Job) -> Result<BoxFuture<'static, Verdict>, Verdict> {
+    pub(super) fn run_of(&mut self, job: &Job) -> Result<BoxFuture<'static, (Verdict, Option<Checkout>)>, Verdict> {
         if job.handler.transactional {
             return self.transaction(job).map(FutureExt::boxed);
         }
@@ -198,7 +204,10 @@ impl Executor {
         Ok(in_time(job.handler.timeout, run).boxed())
     }
 
-    fn transaction(&self, job: &Job) -> Result<impl Future<Output = Verdict> + Send + use<>, Verdict> {
+    fn transaction(
+        &mut self,
+        job: &Job,
+    ) -> Result<impl Future<Output = (Verdict, Option<Checkout>)> + Send + use<>, Verdict> {
         let Some(membership) = &self.membership else {
             return Err(Verdict::from(Err(HandlerError::retry(
                 "a broadcast from memory has no Tx",
@@ -212,10 +221,17 @@ impl Executor {
             offset: job.offset,
             stored: job.stored,
         };
-        let pool = self.plan.pool.clone();
-        let invocation = self.invocation(job);
-        let handler = job.handler.clone();
-        Ok(async move { settlement::run(pool, fence, handler, invocation).await })
+        let desk = Desk {
+            pool: self.plan.pool.clone(),
+            ready_since: job.ready_since,
+            checkout: self.checkouts.pop(),
+        };
+        Ok(settlement::run(
+            desk,
+            fence,
+            job.handler.clone(),
+            self.invocation(job),
+        ))
     }
 
     fn invocation(&self, job: &Job) -> Invocation {
@@ -229,7 +245,11 @@ impl Executor {
         }
     }
 
-    pub(super) fn spawn(&mut self, job: Job, run: impl Future<Output = Verdict> + Send + 'static) {
+    pub(super) fn spawn(
+        &mut self,
+        job: Job,
+        run: impl Future<Output = (Verdict, Option<Checkout>)> + Send + 'static,
+    ) {
         if !job.stored {
             self.unsettled.insert(job.offset, job.lane);
         }
@@ -239,9 +259,11 @@ impl Executor {
         }
         let (offset, lane) = (job.offset, job.lane);
         let abort = self.tasks.spawn(async move {
+            let (verdict, checkout) = run.await;
             Ended::Run {
                 job,
-                verdict: run.await,
+                verdict,
+                checkout,
             }
         });
         self.running.insert(offset, (abort, lane));
@@ -249,7 +271,13 @@ impl Executor {
 
     pub(super) fn ended(&mut self, ended: Result<Ended, JoinError>) {
         match ended {
-            Ok(Ended::Run { job, verdict }) => {
+            Ok(Ended::Run {
+                job,
+                verdict,
+                checkout,
+            }) => {
+                // Dropped, it is the pool's again.
+                self.checkouts.extend(checkout.filter(Checkout::may_stay));
                 self.no_longer_runs(job.offset);
                 self.concluded(job, verdict);
             }
@@ -334,11 +362,12 @@ impl Executor {
 async fn in_time(
     timeout: Duration,
     run: impl Future<Output = Result<Outcome, Box<dyn std::any::Any + Send>>> + Send,
-) -> Verdict {
-    match tokio::time::timeout(timeout, run).await {
-        Ok(result) => Verdict::from(result.unwrap_or_else(|panic| Err(panicked(panic)))),
-        Err(_) => Verdict::from(Err(timed_out(timeout))),
-    }
+) -> (Verdict, Option<Checkout>) {
+    let outcome = match tokio::time::timeout(timeout, run).await {
+        Ok(result) => result.unwrap_or_else(|panic| Err(panicked(panic))),
+        Err(_) => Err(timed_out(timeout)),
+    };
+    (Verdict::from(outcome), None)
 }
 
 pub(crate) fn panicked(panic: Box<dyn std::any::Any + Send>) -> HandlerError {

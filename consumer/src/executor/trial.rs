@@ -114,7 +114,10 @@ impl Executor {
             });
             match on_record.await {
                 Ok(()) => run.await,
-                Err(_) => Verdict::Unavailable("the attempt could not be recorded".to_owned()),
+                Err(_) => (
+                    Verdict::Unavailable("the attempt could not be recorded".to_owned()),
+                    None,
+                ),
             }
         };
         if !job.stored {
