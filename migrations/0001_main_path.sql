@@ -764,3 +764,30 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION postbox.settle IS
     'The last statement of a transactional handler: settles its message in its transaction, or fails (PB001) if the lane has another owner.';
+
+CREATE FUNCTION postbox.settle_batch(
+    by_consumer integer, of_subscription integer, of_lanes smallint[], of_epochs integer[], lanes_of_offsets smallint[], offsets bigint[]
+) RETURNS void
+    LANGUAGE plpgsql AS $$
+DECLARE
+    mine bigint;
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'a transactional handler must run in READ COMMITTED, not %', current_setting('transaction_isolation')
+            USING HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot: do not SET TRANSACTION in a handler.';
+    END IF;
+    -- As in settle. In order, so that two calls, or a call and a seek, cannot wait for each other.
+    PERFORM pg_advisory_xact_lock_shared(1347571762, of_subscription * 1024 + u.lane)
+    FROM (SELECT l.lane FROM unnest(of_lanes) AS l (lane) ORDER BY 1) u;
+    SELECT count(*) INTO mine
+    FROM unnest(of_lanes, of_epochs) AS u (lane, epoch)
+    JOIN postbox.lane l ON l.subscription_id = of_subscription AND l.lane = u.lane AND l.epoch = u.epoch AND l.consumer_id = by_consumer;
+    IF mine < cardinality(of_lanes) OR pg_try_advisory_xact_lock_shared(1347571763, by_consumer) THEN
+        RAISE EXCEPTION 'consumer % no longer owns all of the lanes % of subscription %', by_consumer, of_lanes, of_subscription
+            USING ERRCODE = 'PB001';
+    END IF;
+    INSERT INTO postbox.settlement (subscription_id, lane, "offset")
+    SELECT of_subscription, u.lane, u."offset" FROM unnest(lanes_of_offsets, offsets) AS u (lane, "offset");
+END $$;
+COMMENT ON FUNCTION postbox.settle_batch IS
+    'As postbox.settle, for messages of several lanes: all of them, or none if any of the lanes has another owner.';

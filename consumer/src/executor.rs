@@ -7,6 +7,7 @@ mod failure;
 mod inline_cost;
 mod intake;
 mod keys;
+mod ready;
 mod report;
 mod run;
 mod trial;
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, Id, JoinSet};
 use tracing::warn;
 
 use crate::block::Record;
@@ -40,6 +41,7 @@ use crate::topic_log::{Interest, TopicLog};
 use inline_cost::InlineCost;
 use intake::{Reading, Stream};
 use keys::Successors;
+use ready::{Jobs, Ready};
 use report::{Afterwards, REPORT_EVERY, Recording};
 pub(crate) use run::{panicked, timed_out};
 use trial::Trials;
@@ -54,6 +56,8 @@ pub(crate) struct Plan {
     pub(crate) order: Order,
     pub(crate) lanes: u16,
     pub(crate) concurrency: usize,
+    /// Most messages of one run.
+    pub(crate) batch: usize,
     /// Most messages taken in and not settled.
     pub(crate) window: usize,
     pub(crate) router: Router,
@@ -133,7 +137,7 @@ pub(crate) struct Executor {
     /// Keys of which a message runs or waits for its next attempt, with their successors.
     keys: HashMap<i32, Successors>,
     /// May run as soon as there is room.
-    ready: VecDeque<Job>,
+    ready: Ready,
     /// Failed, by the time of their next attempt.
     retries: BTreeMap<(Instant, i64), Job>,
     /// Messages with a row of their own that run or will run again, with their lanes.
@@ -148,7 +152,7 @@ pub(crate) struct Executor {
     /// Taken in and not settled, with their lanes; what has a row of its own is not among them.
     unsettled: BTreeMap<i64, u16>,
     tasks: JoinSet<Ended>,
-    running: HashMap<i64, (AbortHandle, u16)>,
+    running: HashMap<Id, Running>,
     /// Connections that the next transactional handlers take over from those before.
     checkouts: Vec<Checkout>,
     reading: Option<Reading>,
@@ -188,21 +192,33 @@ struct Job {
     suspect: bool,
     /// It was given up: when its turn comes, its key waits for an operator.
     halted: bool,
-    /// Of a transactional handler: whatever it waited for had ended then.
+    /// Most messages that run with it, itself included.
+    limit: usize,
+    /// Whatever it waited for had ended then. Only where somebody asks for it.
     ready_since: Option<Instant>,
 }
 
 impl Job {
     /// Nothing that it waited for is left.
     fn is_ready(&mut self) {
-        self.ready_since = self.handler.transactional.then(Instant::now);
+        let asked = self.handler.transactional || !self.handler.batch_wait.is_zero();
+        self.ready_since = asked.then(Instant::now);
     }
+}
+
+/// A run that is a task of its own.
+struct Running {
+    abort: AbortHandle,
+    /// Offset of its first message.
+    first: i64,
+    /// The lane of each of its messages.
+    lanes: Vec<u16>,
 }
 
 /// What a task of the executor did.
 enum Ended {
     Run {
-        job: Job,
+        jobs: Jobs,
         verdict: Verdict,
         checkout: Option<Checkout>,
     },
@@ -234,7 +250,7 @@ impl Executor {
             draining: HashMap::new(),
             streams: Vec::new(),
             keys: HashMap::new(),
-            ready: VecDeque::new(),
+            ready: Ready::default(),
             retries: BTreeMap::new(),
             failing: HashMap::new(),
             halted: HashMap::new(),
@@ -267,8 +283,9 @@ impl Executor {
                 self.resync().await;
             }
             let progressed = if self.may_run() {
-                let started = self.start_ready();
-                self.take_in() || started
+                // So that a batch finds what can be had.
+                let taken = self.take_in();
+                self.start_ready() || taken
             } else {
                 false
             };
@@ -284,7 +301,7 @@ impl Executor {
                 while let Ok(command) = self.commands.try_recv() {
                     self.obey(command).await;
                 }
-                while let Some(ended) = self.tasks.try_join_next() {
+                while let Some(ended) = self.tasks.try_join_next_with_id() {
                     self.ended(ended);
                 }
                 self.begin_read();
@@ -319,7 +336,7 @@ impl Executor {
                 None => self.stop_by = Some(Instant::now()),
             },
             Some(request) = self.trials.next_request() => self.record_trial(request),
-            Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => self.ended(ended),
+            Some(ended) = self.tasks.join_next_with_id(), if !self.tasks.is_empty() => self.ended(ended),
             result = reading => self.read_done(result),
             changed = self.head.changed() => {
                 if changed.is_ok() {
@@ -477,14 +494,15 @@ impl Executor {
     async fn revoke(&mut self, lanes: &[u16]) {
         self.forget_queued(|job| lanes.contains(&job.lane));
         self.journal.forget(lanes);
-        for (abort, lane) in self.running.values() {
-            if lanes.contains(lane) {
-                abort.abort();
-            }
+        let is_revoked = |run: &Running| run.lanes.iter().any(|lane| lanes.contains(lane));
+        let mut aborted = HashSet::new();
+        for run in self.running.values().filter(|run| is_revoked(run)) {
+            run.abort.abort();
+            aborted.extend(run.lanes.iter().copied());
         }
         // Until the aborted are gone: a lane may come back, and no key may then run twice.
-        while self.running.values().any(|(_, lane)| lanes.contains(lane)) {
-            match self.tasks.join_next().await {
+        while self.running.values().any(is_revoked) {
+            match self.tasks.join_next_with_id().await {
                 Some(ended) => self.ended(ended),
                 None => break,
             }
@@ -495,6 +513,10 @@ impl Executor {
         self.streams.retain(|stream| !stream.lanes.is_empty());
         for lane in lanes {
             self.forget_lane(*lane);
+        }
+        // Lanes whose messages were in a batch with theirs go on from where they stand in the database.
+        for lane in aborted.difference(&lanes.iter().copied().collect()) {
+            self.drain(*lane);
         }
     }
 

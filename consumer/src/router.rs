@@ -19,6 +19,9 @@ pub(crate) struct Handler {
     pub(crate) timeout: std::time::Duration,
     pub(crate) retry: Retry,
     pub(crate) transactional: bool,
+    /// Most messages of one run.
+    pub(crate) batch: usize,
+    pub(crate) batch_wait: std::time::Duration,
     pub(crate) expired: Expired,
     pub(crate) on_dead_letter: Option<DeadLetterHook>,
     run: Arc<dyn Fn(Invocation) -> BoxFuture<Outcome> + Send + Sync>,
@@ -32,6 +35,8 @@ impl Handler {
             timeout: definition.timeout,
             retry: definition.retry,
             transactional: definition.transactional,
+            batch: definition.batch.unwrap_or(1),
+            batch_wait: definition.batch_wait,
             expired: definition.expired,
             on_dead_letter: definition.on_dead_letter.clone(),
             run: definition.run.clone()?,

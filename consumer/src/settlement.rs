@@ -29,10 +29,11 @@ pub(crate) enum Verdict {
 pub(crate) struct Fence {
     pub(crate) consumer: i32,
     pub(crate) subscription: i32,
-    pub(crate) lane: u16,
-    pub(crate) epoch: i32,
-    pub(crate) offset: i64,
-    /// It has a row in `postbox.redelivery`, which goes with the same commit.
+    /// With their epochs, in order, so that two fences cannot wait for each other.
+    pub(crate) lanes: Vec<(u16, i32)>,
+    /// The messages to be settled, with their lanes.
+    pub(crate) messages: Vec<(u16, i64)>,
+    /// The one message has a row in `postbox.redelivery`, which goes with the same commit.
     pub(crate) stored: bool,
 }
 
@@ -42,21 +43,36 @@ impl Fence {
         let Fence {
             consumer,
             subscription,
-            lane,
-            epoch,
-            offset,
+            lanes,
+            messages,
             stored,
         } = self;
-        let mut statements = vec![format!(
-            "SELECT postbox.settle({consumer}, {subscription}, {lane}::smallint, {epoch}, {offset})"
-        )];
-        if *stored {
-            statements.push(format!(
-                "DELETE FROM postbox.redelivery WHERE subscription_id = {subscription} AND \"offset\" = {offset}"
-            ));
+        if let ([(lane, epoch)], [(_, offset)]) = (lanes.as_slice(), messages.as_slice()) {
+            let mut statements = vec![format!(
+                "SELECT postbox.settle({consumer}, {subscription}, {lane}::smallint, {epoch}, {offset})"
+            )];
+            if *stored {
+                statements.push(format!(
+                    "DELETE FROM postbox.redelivery WHERE subscription_id = {subscription} AND \"offset\" = {offset}"
+                ));
+            }
+            return statements;
         }
-        statements
+        vec![format!(
+            "SELECT postbox.settle_batch({consumer}, {subscription}, '{{{}}}', '{{{}}}', '{{{}}}', '{{{}}}')",
+            list(lanes.iter().map(|(lane, _)| lane)),
+            list(lanes.iter().map(|(_, epoch)| epoch)),
+            list(messages.iter().map(|(lane, _)| lane)),
+            list(messages.iter().map(|(_, offset)| offset)),
+        )]
     }
+}
+
+fn list(numbers: impl Iterator<Item = impl ToString>) -> String {
+    numbers
+        .map(|number| number.to_string())
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 /// Raised by `postbox.settle`.

@@ -128,7 +128,7 @@ impl Executor {
             < self.plan.window;
         self.open
             // Under a limit there is no use in more than may soon run.
-            && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency)
+            && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency.max(self.plan.batch))
             && (room && self.intake() == Intake::Closed
                 // Nothing that is in memory can be the probe, so it is the next message.
                 || self.wants_probe())
@@ -161,7 +161,7 @@ impl Executor {
             .unwrap_or(i64::MAX);
         let end = block.end().min(limit);
         let mut taken = 0;
-        while taken < INTAKE && self.may_take_in() {
+        while taken < INTAKE.max(self.plan.batch) && self.may_take_in() {
             let offset = self.streams[n].next;
             if offset >= end {
                 break;
