@@ -797,7 +797,7 @@ END $$;
 COMMENT ON FUNCTION postbox.checkpoint IS
     'Appends how far a consumer''s lanes are settled; a lane whose epoch is stale is left out. Returns how many were accepted.';
 
-CREATE FUNCTION postbox.settle(by_consumer integer, of_subscription integer, of_lane smallint, of_epoch integer, offsets bigint[])
+CREATE FUNCTION postbox.settle(by_consumer integer, of_subscription integer, of_lane smallint, of_epoch integer, of_offset bigint)
     RETURNS void
     LANGUAGE plpgsql AS $$
 BEGIN
@@ -807,16 +807,43 @@ BEGIN
     END IF;
     -- Shared, through the commit: a takeover takes it exclusively before it raises the epoch.
     PERFORM pg_advisory_xact_lock_shared(1347571762, of_subscription * 1024 + of_lane);
-    PERFORM FROM postbox.lane l
-        WHERE l.subscription_id = of_subscription AND l.lane = of_lane AND l.epoch = of_epoch AND l.consumer_id = by_consumer;
+    -- A statement of its own, with a newer snapshot than the lock.
+    INSERT INTO postbox.settlement (subscription_id, lane, "offset")
+    SELECT l.subscription_id, l.lane, of_offset FROM postbox.lane l
+    WHERE l.subscription_id = of_subscription AND l.lane = of_lane AND l.epoch = of_epoch AND l.consumer_id = by_consumer;
     -- The owner's session holds its lock exclusively for as long as it lives. After a crash of PostgreSQL offsets that were
     -- never flushed may be given anew, so what a session knew is worth nothing without it.
     IF NOT FOUND OR pg_try_advisory_xact_lock_shared(1347571763, by_consumer) THEN
         RAISE EXCEPTION 'lane % of subscription % is no longer owned by consumer % in epoch %',
             of_lane, of_subscription, by_consumer, of_epoch USING ERRCODE = 'PB001';
     END IF;
-    INSERT INTO postbox.settlement (subscription_id, lane, "offset")
-    SELECT of_subscription, of_lane, o FROM unnest(offsets) o;
 END $$;
 COMMENT ON FUNCTION postbox.settle IS
     'The last statement of a transactional handler: settles its message in its transaction, or fails (PB001) if the lane has another owner.';
+
+CREATE FUNCTION postbox.settle_batch(
+    by_consumer integer, of_subscription integer, of_lanes smallint[], of_epochs integer[], lanes_of_offsets smallint[], offsets bigint[]
+) RETURNS void
+    LANGUAGE plpgsql AS $$
+DECLARE
+    mine bigint;
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'a transactional handler must run in READ COMMITTED, not %', current_setting('transaction_isolation')
+            USING HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot: do not SET TRANSACTION in a handler.';
+    END IF;
+    -- As in settle. In order, so that two calls, or a call and a seek, cannot wait for each other.
+    PERFORM pg_advisory_xact_lock_shared(1347571762, of_subscription * 1024 + u.lane)
+    FROM (SELECT l.lane FROM unnest(of_lanes) AS l (lane) ORDER BY 1) u;
+    SELECT count(*) INTO mine
+    FROM unnest(of_lanes, of_epochs) AS u (lane, epoch)
+    JOIN postbox.lane l ON l.subscription_id = of_subscription AND l.lane = u.lane AND l.epoch = u.epoch AND l.consumer_id = by_consumer;
+    IF mine < cardinality(of_lanes) OR pg_try_advisory_xact_lock_shared(1347571763, by_consumer) THEN
+        RAISE EXCEPTION 'consumer % no longer owns all of the lanes % of subscription %', by_consumer, of_lanes, of_subscription
+            USING ERRCODE = 'PB001';
+    END IF;
+    INSERT INTO postbox.settlement (subscription_id, lane, "offset")
+    SELECT of_subscription, u.lane, u."offset" FROM unnest(lanes_of_offsets, offsets) AS u (lane, "offset");
+END $$;
+COMMENT ON FUNCTION postbox.settle_batch IS
+    'As postbox.settle, for messages of several lanes: all of them, or none if any of the lanes has another owner.';

@@ -236,7 +236,7 @@ pub struct SubscriptionStats {
     pub group: String,
     /// Topic.
     pub topic: String,
-    /// Runs of handlers that succeeded.
+    /// Messages handled, but for those that were discarded.
     pub handled: u64,
     /// Runs that failed.
     pub failed: u64,

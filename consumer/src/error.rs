@@ -88,6 +88,12 @@ pub enum Error {
         /// The handler.
         handler: &'static str,
     },
+    /// A handler takes a batch without saying how large, or says it and takes single messages.
+    #[error("handler {handler}: `batch` and an argument `Batch<…>` go together")]
+    Batch {
+        /// The handler.
+        handler: &'static str,
+    },
     /// An option is outside its range.
     #[error("{option} of handler {handler} is {value}: {range}")]
     OutOfRange {

@@ -8,6 +8,7 @@ mod failure;
 mod inline_cost;
 mod intake;
 mod keys;
+mod ready;
 mod report;
 mod run;
 mod trial;
@@ -18,11 +19,12 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, Id, JoinSet};
 use tracing::warn;
 
 use crate::block::Record;
 use crate::breaker::Breaker;
+use crate::checkout::Checkout;
 use crate::clock::DatabaseClock;
 use crate::handler::Order;
 use crate::journal::Journal;
@@ -41,6 +43,7 @@ use catch_up::CatchUp;
 use inline_cost::InlineCost;
 use intake::{Reading, Stream};
 use keys::Successors;
+use ready::{Jobs, Ready};
 use report::{Afterwards, REPORT_EVERY, Recording};
 pub(crate) use run::{panicked, timed_out};
 use trial::Trials;
@@ -55,6 +58,8 @@ pub(crate) struct Plan {
     pub(crate) order: Order,
     pub(crate) lanes: u16,
     pub(crate) concurrency: usize,
+    /// Most messages of one run.
+    pub(crate) batch: usize,
     /// Most messages taken in and not settled.
     pub(crate) window: usize,
     pub(crate) router: Router,
@@ -135,7 +140,7 @@ pub(crate) struct Executor {
     keys: HashMap<i32, Successors>,
     catch_up: CatchUp,
     /// May run as soon as there is room.
-    ready: VecDeque<Job>,
+    ready: Ready,
     /// Failed, by the time of their next attempt.
     retries: BTreeMap<(Instant, i64), Job>,
     /// Messages with a row of their own that run or will run again, with their lanes.
@@ -150,7 +155,9 @@ pub(crate) struct Executor {
     /// Taken in and not settled, with their lanes; what has a row of its own is not among them.
     unsettled: BTreeMap<i64, u16>,
     tasks: JoinSet<Ended>,
-    running: HashMap<i64, (AbortHandle, u16)>,
+    running: HashMap<Id, Running>,
+    /// Connections that the next transactional handlers take over from those before.
+    checkouts: Vec<Checkout>,
     reading: Option<Reading>,
     inline_cost: InlineCost,
     seen: Option<SeenTail>,
@@ -188,11 +195,36 @@ struct Job {
     suspect: bool,
     /// It was given up: when its turn comes, its key waits for an operator.
     halted: bool,
+    /// Most messages that run with it, itself included.
+    limit: usize,
+    /// Whatever it waited for had ended then. Only where somebody asks for it.
+    ready_since: Option<Instant>,
+}
+
+impl Job {
+    /// Nothing that it waited for is left.
+    fn is_ready(&mut self) {
+        let asked = self.handler.transactional || !self.handler.batch_wait.is_zero();
+        self.ready_since = asked.then(Instant::now);
+    }
+}
+
+/// A run that is a task of its own.
+struct Running {
+    abort: AbortHandle,
+    /// Offset of its first message.
+    first: i64,
+    /// The lane of each of its messages.
+    lanes: Vec<u16>,
 }
 
 /// What a task of the executor did.
 enum Ended {
-    Run { job: Job, verdict: Verdict },
+    Run {
+        jobs: Jobs,
+        verdict: Verdict,
+        checkout: Option<Checkout>,
+    },
     Loaded(catch_up::Loaded),
 }
 
@@ -222,7 +254,7 @@ impl Executor {
             streams: Vec::new(),
             keys: HashMap::new(),
             catch_up: CatchUp::default(),
-            ready: VecDeque::new(),
+            ready: Ready::default(),
             retries: BTreeMap::new(),
             failing: HashMap::new(),
             halted: HashMap::new(),
@@ -233,6 +265,7 @@ impl Executor {
             unsettled: BTreeMap::new(),
             tasks: JoinSet::new(),
             running: HashMap::new(),
+            checkouts: Vec::new(),
             reading: None,
             inline_cost: InlineCost::default(),
             resync_at: None,
@@ -255,8 +288,9 @@ impl Executor {
             }
             let progressed = if self.may_run() {
                 let caught_up = self.catch_up();
-                let started = self.start_ready();
-                self.take_in() || started || caught_up
+                // So that a batch finds what can be had.
+                let taken = self.take_in();
+                self.start_ready() || taken || caught_up
             } else {
                 false
             };
@@ -267,11 +301,12 @@ impl Executor {
             {
                 return self.end().await;
             }
+            self.hand_back(progressed);
             if progressed {
                 while let Ok(command) = self.commands.try_recv() {
                     self.obey(command).await;
                 }
-                while let Some(ended) = self.tasks.try_join_next() {
+                while let Some(ended) = self.tasks.try_join_next_with_id() {
                     self.ended(ended);
                 }
                 self.begin_read();
@@ -281,6 +316,12 @@ impl Executor {
             self.begin_read();
             self.wait().await;
         }
+    }
+
+    /// Nothing is kept from the pool that nothing is ready for.
+    fn hand_back(&mut self, progressed: bool) {
+        self.checkouts
+            .retain(|checkout| progressed && checkout.may_stay());
     }
 
     /// Waits until something can have changed.
@@ -300,7 +341,7 @@ impl Executor {
                 None => self.stop_by = Some(Instant::now()),
             },
             Some(request) = self.trials.next_request() => self.record_trial(request),
-            Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => self.ended(ended),
+            Some(ended) = self.tasks.join_next_with_id(), if !self.tasks.is_empty() => self.ended(ended),
             result = reading => self.read_done(result),
             changed = self.head.changed() => {
                 if changed.is_ok() {
@@ -458,14 +499,15 @@ impl Executor {
     async fn revoke(&mut self, lanes: &[u16]) {
         self.forget_queued(|job| lanes.contains(&job.lane));
         self.journal.forget(lanes);
-        for (abort, lane) in self.running.values() {
-            if lanes.contains(lane) {
-                abort.abort();
-            }
+        let is_revoked = |run: &Running| run.lanes.iter().any(|lane| lanes.contains(lane));
+        let mut aborted = HashSet::new();
+        for run in self.running.values().filter(|run| is_revoked(run)) {
+            run.abort.abort();
+            aborted.extend(run.lanes.iter().copied());
         }
         // Until the aborted are gone: a lane may come back, and no key may then run twice.
-        while self.running.values().any(|(_, lane)| lanes.contains(lane)) {
-            match self.tasks.join_next().await {
+        while self.running.values().any(is_revoked) {
+            match self.tasks.join_next_with_id().await {
                 Some(ended) => self.ended(ended),
                 None => break,
             }
@@ -476,6 +518,10 @@ impl Executor {
         self.streams.retain(|stream| !stream.lanes.is_empty());
         for lane in lanes {
             self.forget_lane(*lane);
+        }
+        // Lanes whose messages were in a batch with theirs go on from where they stand in the database.
+        for lane in aborted.difference(&lanes.iter().copied().collect()) {
+            self.drain(*lane);
         }
     }
 

@@ -1,5 +1,6 @@
 //! Arguments of handlers.
 
+mod batch;
 mod delivery;
 mod json;
 mod raw;
@@ -11,23 +12,26 @@ use std::sync::Arc;
 
 use postbox::Message;
 
+pub use batch::{Batch, BesideBatch, Item};
 pub use delivery::Delivery;
 pub use json::Json;
 pub use raw::Raw;
 pub use scheduled_at::ScheduledAt;
 pub use state::State;
 pub use tx::Tx;
-pub(crate) use tx::{TxConnection, TxSlot};
+pub(crate) use tx::TxSlot;
 
 use crate::block::Record;
 use crate::handler::{HandlerDefinition, HandlerError};
 use crate::state::States;
 
-/// One run of a handler for one message: what its arguments are made from.
+/// One run of a handler for a message or a batch: what its arguments are made from.
 pub struct Invocation {
     pub(crate) topic: Arc<str>,
     pub(crate) group: Arc<str>,
     pub(crate) record: Record,
+    /// The other messages of a batch.
+    pub(crate) others: Vec<Record>,
     pub(crate) attempt: u32,
     pub(crate) states: Arc<States>,
     pub(crate) tx: Option<TxSlot>,

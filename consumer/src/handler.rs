@@ -11,7 +11,7 @@ use postbox::cron::Missed;
 
 use crate::cron::CronDefinition;
 use crate::dead_letter::DeadLetter;
-use crate::extract::{Extract, Invocation};
+use crate::extract::{BesideBatch, Extract, Invocation};
 use crate::retry::Retry;
 use crate::state::StateType;
 
@@ -46,6 +46,10 @@ pub struct HandlerDefinition {
     pub(crate) retry: Retry,
     pub(crate) expired: Expired,
     pub(crate) transactional: bool,
+    pub(crate) batch: Option<usize>,
+    pub(crate) batch_wait: Duration,
+    /// Whether an argument is a [`Batch`](crate::Batch).
+    pub(crate) takes_batches: bool,
     pub(crate) states: Vec<StateType>,
     pub(crate) on_dead_letter: Option<DeadLetterHook>,
     pub(crate) cron: Option<CronDefinition>,
@@ -82,6 +86,9 @@ impl HandlerDefinition {
             retry: Retry::default(),
             expired: Expired::default(),
             transactional: false,
+            batch: None,
+            batch_wait: Duration::ZERO,
+            takes_batches: false,
             states: Vec::new(),
             on_dead_letter: None,
             cron: None,
@@ -120,7 +127,20 @@ impl HandlerDefinition {
         self
     }
 
-    /// How many messages run at once in an instance (default 32). Handlers of one group on one topic share the largest.
+    /// Most messages of one run of a handler that takes a [`Batch`](crate::Batch).
+    pub fn batch(mut self, messages: usize) -> Self {
+        self.batch = Some(messages);
+        self
+    }
+
+    /// How long a batch that is not full waits for more messages (default: not at all).
+    pub fn batch_wait(mut self, wait: Duration) -> Self {
+        self.batch_wait = wait;
+        self
+    }
+
+    /// How many messages, or batches, run at once in an instance (default 32; 4 where all handlers take batches). Handlers of one group on one
+    /// topic share the largest.
     pub fn concurrency(mut self, concurrency: usize) -> Self {
         self.concurrency = Some(concurrency);
         self
@@ -201,6 +221,11 @@ impl HandlerDefinition {
     pub fn argument<E: Extract>(mut self) -> Self {
         E::declare(&mut self);
         self
+    }
+
+    /// Declares an argument that stands beside a [`Batch`](crate::Batch).
+    pub fn argument_beside_batch<E: Extract + BesideBatch>(self) -> Self {
+        self.argument::<E>()
     }
 
     /// What runs.

@@ -30,6 +30,7 @@
 
 mod block;
 mod breaker;
+mod checkout;
 mod clock;
 mod consumer;
 mod cron;
@@ -67,7 +68,9 @@ mod window;
 pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats, UnknownType};
 pub use dead_letter::DeadLetter;
 pub use error::Error;
-pub use extract::{Delivery, Extract, Invocation, Json, Raw, ScheduledAt, State, Tx};
+pub use extract::{
+    Batch, BesideBatch, Delivery, Extract, Invocation, Item, Json, Raw, ScheduledAt, State, Tx,
+};
 pub use handler::{
     BoxFuture, DEFAULT_TIMEOUT, DefineHandler, Expired, HandlerDefinition, HandlerError, IntoOutcome, Order,
     Outcome, Start,

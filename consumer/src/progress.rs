@@ -132,6 +132,10 @@ impl Counters {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(crate) fn add_all(counter: &AtomicU64, count: usize) {
+        counter.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
     pub(crate) fn set_intake(&self, intake: Intake) {
         self.intake.store(intake as u8, Ordering::Relaxed);
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::extract::{Invocation, TxConnection};
+use crate::extract::Invocation;
 use crate::handler::{BoxFuture, DeadLetterHook, Expired, HandlerDefinition, Outcome};
 use crate::retry::Retry;
 
@@ -19,6 +19,9 @@ pub(crate) struct Handler {
     pub(crate) timeout: std::time::Duration,
     pub(crate) retry: Retry,
     pub(crate) transactional: bool,
+    /// Most messages of one run.
+    pub(crate) batch: usize,
+    pub(crate) batch_wait: std::time::Duration,
     pub(crate) expired: Expired,
     pub(crate) on_dead_letter: Option<DeadLetterHook>,
     run: Arc<dyn Fn(Invocation) -> BoxFuture<Outcome> + Send + Sync>,
@@ -32,6 +35,8 @@ impl Handler {
             timeout: definition.timeout,
             retry: definition.retry,
             transactional: definition.transactional,
+            batch: definition.batch.unwrap_or(1),
+            batch_wait: definition.batch_wait,
             expired: definition.expired,
             on_dead_letter: definition.on_dead_letter.clone(),
             run: definition.run.clone()?,
@@ -41,11 +46,6 @@ impl Handler {
     pub(crate) fn call(&self, invocation: Invocation) -> BoxFuture<Outcome> {
         (self.run)(invocation)
     }
-}
-
-/// Where a handler's transaction is while the handler runs.
-pub(crate) fn tx_slot(connection: TxConnection) -> crate::extract::TxSlot {
-    Arc::new(std::sync::Mutex::new(Some(connection)))
 }
 
 impl Router {

@@ -1,15 +1,17 @@
-//! Runs a transactional handler: its effect and its settlement commit together, fenced by the lane's epoch.
+//! Runs a transactional handler: its effect and its settlement commit together, fenced by the lanes' epochs.
 
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use futures_util::FutureExt;
-use sqlx::{AssertSqlSafe, PgPool};
+use sqlx::PgPool;
 
+use crate::checkout::{Checkout, Committed};
 use crate::executor::timed_out;
-use crate::extract::{Invocation, TxConnection};
+use crate::extract::Invocation;
 use crate::handler::HandlerError;
-use crate::router::{Handler, tx_slot};
+use crate::router::Handler;
 
 /// How a run ended.
 pub(crate) enum Verdict {
@@ -27,55 +29,82 @@ pub(crate) enum Verdict {
 pub(crate) struct Fence {
     pub(crate) consumer: i32,
     pub(crate) subscription: i32,
-    pub(crate) lane: u16,
-    pub(crate) epoch: i32,
-    pub(crate) offset: i64,
-    /// It has a row in `postbox.redelivery`, which goes with the same commit.
+    /// With their epochs, in order, so that two fences cannot wait for each other.
+    pub(crate) lanes: Vec<(u16, i32)>,
+    /// The messages to be settled, with their lanes.
+    pub(crate) messages: Vec<(u16, i64)>,
+    /// The one message has a row in `postbox.redelivery`, which goes with the same commit.
     pub(crate) stored: bool,
 }
 
-/// The timeout is below the shortest lease, so that a frozen owner's row locks do not hold up its successor.
-const BEGIN: &str =
-    "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL idle_in_transaction_session_timeout = '5s'";
+impl Fence {
+    /// The last statements of the transaction.
+    fn statements(&self) -> Vec<String> {
+        let Fence {
+            consumer,
+            subscription,
+            lanes,
+            messages,
+            stored,
+        } = self;
+        if let ([(lane, epoch)], [(_, offset)]) = (lanes.as_slice(), messages.as_slice()) {
+            let mut statements = vec![format!(
+                "SELECT postbox.settle({consumer}, {subscription}, {lane}::smallint, {epoch}, {offset})"
+            )];
+            if *stored {
+                statements.push(format!(
+                    "DELETE FROM postbox.redelivery WHERE subscription_id = {subscription} AND \"offset\" = {offset}"
+                ));
+            }
+            return statements;
+        }
+        vec![format!(
+            "SELECT postbox.settle_batch({consumer}, {subscription}, '{{{}}}', '{{{}}}', '{{{}}}', '{{{}}}')",
+            list(lanes.iter().map(|(lane, _)| lane)),
+            list(lanes.iter().map(|(_, epoch)| epoch)),
+            list(messages.iter().map(|(lane, _)| lane)),
+            list(messages.iter().map(|(_, offset)| offset)),
+        )]
+    }
+}
 
-/// The fence and the commit go in one message, so an owner cannot be frozen between them.
-fn settle_and_commit(fence: &Fence) -> String {
-    let Fence {
-        consumer,
-        subscription,
-        lane,
-        epoch,
-        offset,
-        stored,
-    } = fence;
-    let forget = match stored {
-        true => format!(
-            "DELETE FROM postbox.redelivery WHERE subscription_id = {subscription} AND \"offset\" = {offset}; "
-        ),
-        false => String::new(),
-    };
-    format!(
-        "SELECT postbox.settle({consumer}, {subscription}, {lane}::smallint, {epoch}, ARRAY[{offset}]::bigint[]); {forget}COMMIT"
-    )
+fn list(numbers: impl Iterator<Item = impl ToString>) -> String {
+    numbers
+        .map(|number| number.to_string())
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 /// Raised by `postbox.settle`.
 const STALE: &str = "PB001";
+/// There is no transaction to commit.
+const NO_TRANSACTION: &str = "25P01";
 
+/// Where messages of this subscription get their transactions.
+pub(crate) struct Desk {
+    pub(crate) pool: PgPool,
+    /// One that the message before left.
+    pub(crate) checkout: Option<Checkout>,
+    /// Since when the message could run: its transaction does not begin earlier.
+    pub(crate) ready_since: Option<Instant>,
+}
+
+/// Also gives back the transaction that follows on the same connection, if it is in order.
 pub(crate) async fn run(
-    pool: PgPool,
+    desk: Desk,
     fence: Fence,
     handler: Arc<Handler>,
     mut invocation: Invocation,
-) -> Verdict {
-    let mut connection = match pool.acquire().await {
-        Ok(connection) => TxConnection::new(connection),
-        Err(error) => return Verdict::Unavailable(error.to_string()),
+) -> (Verdict, Option<Checkout>) {
+    let begun = match desk.checkout {
+        Some(checkout) => checkout.not_before(desk.ready_since.unwrap_or_else(Instant::now)).await,
+        None => Checkout::begin(&desk.pool).await,
     };
-    if let Err(error) = sqlx::raw_sql(BEGIN).execute(&mut *connection).await {
-        return Verdict::Unavailable(error.to_string());
-    }
-    let slot = tx_slot(connection);
+    let checkout = match begun {
+        Ok(checkout) => checkout,
+        Err(error) => return (Verdict::Unavailable(error.to_string()), None),
+    };
+    let slot = Arc::new(Mutex::new(Some(checkout)));
     invocation.tx = Some(slot.clone());
     let timeout = handler.timeout;
     let run = AssertUnwindSafe(handler.call(invocation)).catch_unwind();
@@ -84,36 +113,31 @@ pub(crate) async fn run(
         Ok(Err(panic)) => Err(crate::executor::panicked(panic)),
         Err(_) => Err(timed_out(timeout)),
     };
-    let Some(mut connection) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-        return Verdict::Failed(HandlerError::retry(
-            "the handler still has its Tx: it must let it go before it returns",
-        ));
+    let Some(checkout) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+        let failure = HandlerError::retry("the handler still has its Tx: it must let it go before it returns");
+        return (Verdict::Failed(failure), None);
     };
-    if let Err(failure) = outcome {
-        if sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await.is_ok() {
-            connection.finished();
-        }
-        return Verdict::Failed(failure);
+    match outcome {
+        Ok(()) => commit(checkout, &fence).await,
+        Err(failure) => (Verdict::Failed(failure), checkout.rolled_back().await.ok()),
     }
-    let statement = AssertSqlSafe(settle_and_commit(&fence));
-    match sqlx::raw_sql(statement).execute(&mut *connection).await {
-        Ok(_) => {
-            connection.finished();
-            Verdict::Settled
-        }
-        Err(sqlx::Error::Database(error)) => {
-            // The server answered, so nothing was committed; unless it says that it is going down.
-            let verdict = match error.code().as_deref() {
-                Some(STALE) => Verdict::Stale,
-                Some(code) if code.starts_with("57P") => Verdict::InDoubt(error.to_string()),
-                // Deferred constraints and serialization failures are the handler's.
-                _ => Verdict::Failed(HandlerError::retry(format!("cannot commit: {error}"))),
-            };
-            if sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await.is_ok() {
-                connection.finished();
-            }
-            verdict
-        }
-        Err(error) => Verdict::InDoubt(error.to_string()),
-    }
+}
+
+async fn commit(checkout: Checkout, fence: &Fence) -> (Verdict, Option<Checkout>) {
+    let (error, checkout) = match checkout.commit(&fence.statements()).await {
+        Committed::Yes(next) => return (Verdict::Settled, next),
+        Committed::No(sqlx::Error::Database(error), checkout) => (error, checkout),
+        Committed::No(error, _) => return (Verdict::InDoubt(error.to_string()), None),
+    };
+    // The server answered, so nothing was committed; unless it says that it is going down.
+    let verdict = match error.code().as_deref() {
+        Some(STALE) => Verdict::Stale,
+        Some(code) if code.starts_with("57P") => Verdict::InDoubt(error.to_string()),
+        Some(NO_TRANSACTION) => Verdict::Failed(HandlerError::retry(
+            "the handler has ended its transaction itself, so its effect is not tied to the message: it must leave that to Postbox",
+        )),
+        // Deferred constraints and serialization failures are the handler's.
+        _ => Verdict::Failed(HandlerError::retry(format!("cannot commit: {error}"))),
+    };
+    (verdict, checkout.rolled_back().await.ok())
 }

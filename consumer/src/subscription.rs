@@ -19,6 +19,9 @@ use crate::state::States;
 
 const DEFAULT_CONCURRENCY: usize = 32;
 const DEFAULT_LANES: u16 = 32;
+/// Where all handlers take batches.
+const DEFAULT_BATCHES: usize = 4;
+const MAX_BATCH: usize = 10_000;
 const MAX_LANES: u16 = 1024;
 
 /// A subscription that this process serves.
@@ -128,6 +131,12 @@ fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a 
     if let Some(lanes) = definition.lanes.filter(|lanes| !(1..=MAX_LANES).contains(lanes)) {
         return Err(out_of_range("lanes", lanes.to_string(), "it is 1 to 1024"));
     }
+    if definition.batch.is_some() != definition.takes_batches {
+        return Err(Error::Batch { handler });
+    }
+    if let Some(batch) = definition.batch.filter(|batch| !(1..=MAX_BATCH).contains(batch)) {
+        return Err(out_of_range("batch", batch.to_string(), "it is 1 to 10,000"));
+    }
     if definition.timeout.is_zero() {
         return Err(out_of_range("timeout", "0".to_owned(), "it is more than zero"));
     }
@@ -170,7 +179,14 @@ impl Family<'_> {
             .iter()
             .filter_map(|definition| definition.concurrency)
             .max()
-            .unwrap_or(DEFAULT_CONCURRENCY);
+            .unwrap_or(match self.members.iter().all(|definition| definition.takes_batches) {
+                true => DEFAULT_BATCHES,
+                false => DEFAULT_CONCURRENCY,
+            });
+        let batch = (self.members.iter())
+            .filter_map(|definition| definition.batch)
+            .max()
+            .unwrap_or(1);
         if self.members.iter().any(|definition| definition.transactional) {
             // More would only wait for a connection.
             concurrency = concurrency.min(pool.options().get_max_connections() as usize);
@@ -196,7 +212,9 @@ impl Family<'_> {
             order,
             lanes: if one_lane { 1 } else { lanes },
             concurrency,
-            window: (concurrency * 8).max(settings.window),
+            // A batch fills while the one before it runs.
+            window: (concurrency * 8).max(concurrency * batch * 2).max(settings.window),
+            batch,
             router,
             unknown: (settings.unknown_types == UnknownType::Fail).then(|| Arc::new(refuse_unknown())),
             max_failing: settings.max_failing,

@@ -44,10 +44,16 @@ impl Throttle {
         self.rate.is_none() || self.tokens >= 1.0
     }
 
-    /// A message starts.
-    pub(crate) fn spend(&mut self) {
+    /// How many messages may start now.
+    pub(crate) fn available(&mut self, now: Instant) -> usize {
+        self.fill(now);
+        self.rate.map_or(usize::MAX, |_| self.tokens.max(0.0) as usize)
+    }
+
+    /// So many messages start.
+    pub(crate) fn spend(&mut self, messages: usize) {
         if self.rate.is_some() {
-            self.tokens -= 1.0;
+            self.tokens -= messages as f64;
         }
     }
 
@@ -104,7 +110,7 @@ mod tests {
         let mut started = 0;
         while now < end {
             while throttle.allows(now) {
-                throttle.spend();
+                throttle.spend(1);
                 started += 1;
             }
             now = throttle

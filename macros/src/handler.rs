@@ -22,6 +22,8 @@ const KNOWN: &[&str] = &[
     "type",
     "types",
     "concurrency",
+    "batch",
+    "batch_wait",
     "order",
     "start",
     "lanes",
@@ -35,6 +37,7 @@ const KNOWN: &[&str] = &[
 pub(crate) fn expand(options: TokenStream, item: TokenStream) -> TokenStream {
     expand_with("#[handler]", item, |signature, arguments| {
         let options = Options::read.parse2(options)?;
+        check_batch(&options, arguments)?;
         Ok(definition(signature, arguments, &options))
     })
 }
@@ -133,6 +136,8 @@ struct Options {
     topic: Option<LitStr>,
     types: Vec<LitStr>,
     concurrency: Option<Expr>,
+    batch: Option<(Expr, Span)>,
+    batch_wait: Option<(Interval, Span)>,
     order: Option<TokenStream>,
     start: Option<TokenStream>,
     lanes: Option<Expr>,
@@ -147,6 +152,7 @@ impl Options {
         let (mut group, mut broadcast) = (None, None);
         let (mut topic, mut types) = (None, Vec::new());
         let (mut concurrency, mut lanes, mut timeout, mut retry) = (None, None, None, None);
+        let (mut batch, mut batch_wait) = (None, None);
         let (mut order, mut start, mut expired, mut on_dead_letter) = (None, None, None, None);
         attribute::read_options(input, "#[handler]", KNOWN, |option, name, input| {
             match name {
@@ -159,6 +165,8 @@ impl Options {
                 "type" => types.push(attribute::name(option, "order.placed", input)?),
                 "types" => types = read_types(option, input)?,
                 "concurrency" => concurrency = Some(attribute::count(option, input)?),
+                "batch" => batch = Some((attribute::count(option, input)?, option.span())),
+                "batch_wait" => batch_wait = Some((attribute::interval(option, "20ms", input)?, option.span())),
                 "order" => {
                     let choices = [
                         ("key", quote!(Order::Key)),
@@ -212,6 +220,8 @@ impl Options {
             topic,
             types,
             concurrency,
+            batch,
+            batch_wait,
             order,
             start,
             lanes,
@@ -270,6 +280,8 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
         topic,
         types,
         concurrency,
+        batch,
+        batch_wait,
         order,
         start,
         lanes,
@@ -281,6 +293,8 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
     } = options;
     let topic = topic.iter();
     let concurrency = concurrency.iter();
+    let batch = batch.iter().map(|(messages, _)| messages);
+    let batch_wait = batch_wait.map(|(wait, _)| wait.expression()).into_iter();
     let order = order.iter();
     let start = start.iter();
     let lanes = lanes.iter();
@@ -289,12 +303,19 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
     let expired = expired.iter();
     let on_dead_letter = on_dead_letter.iter().map(letter_call);
     let call = call(signature, arguments);
+    let has_batch = options.batch.is_some();
+    let declared = arguments.iter().map(|argument| match has_batch && !is_batch(argument) {
+        true => quote_spanned!(argument.span()=> .argument_beside_batch::<#argument>()),
+        false => quote!(.argument::<#argument>()),
+    });
     quote! {
         ::postbox_consumer::HandlerDefinition::new(::core::concat!(::core::module_path!(), "::", #name))
             .#audience
             #(.topic(#topic))*
             #(.message_type(#types))*
             #(.concurrency(#concurrency))*
+            #(.batch(#batch))*
+            #(.batch_wait(#batch_wait))*
             #(.order(::postbox_consumer::#order))*
             #(.start(::postbox_consumer::#start))*
             #(.lanes(#lanes))*
@@ -302,8 +323,38 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
             #(.retry(#retry))*
             #(.expired(::postbox_consumer::#expired))*
             #(.on_dead_letter(#on_dead_letter))*
-            #(.argument::<#arguments>())*
+            #(#declared)*
             .call(#call)
+    }
+}
+
+/// Whether the argument is a batch, by its name.
+fn is_batch(argument: &Type) -> bool {
+    let Type::Path(path) = argument else { return false };
+    let last = path.path.segments.last();
+    last.is_some_and(|segment| segment.ident == "Batch" && !segment.arguments.is_none())
+}
+
+/// The option and the argument go together.
+fn check_batch(options: &Options, arguments: &[&Type]) -> syn::Result<()> {
+    let mut batches = arguments.iter().filter(|argument| is_batch(argument));
+    match (&options.batch, &options.batch_wait, batches.next()) {
+        (Some((_, span)), _, None) => {
+            let message = "`batch` is for a handler that takes many messages at once: take them as `Batch<…>`";
+            Err(syn::Error::new(*span, message))
+        }
+        (None, _, Some(argument)) => {
+            let message = "a handler of batches says how many messages it takes at once: add batch = 100";
+            Err(syn::Error::new_spanned(argument, message))
+        }
+        (None, Some((_, span)), None) => {
+            let message = "`batch_wait` is how long a batch waits for more messages, and goes with `batch`";
+            Err(syn::Error::new(*span, message))
+        }
+        _ => match batches.next() {
+            Some(second) => Err(syn::Error::new_spanned(second, "a handler takes one batch")),
+            None => Ok(()),
+        },
     }
 }
 

@@ -100,7 +100,7 @@ impl Stage {
 
     /// Settles in lane 0, as the last statement of a transactional handler does; `false` if it is refused as stale.
     async fn settle(&self, consumer: i32, epoch: i32, offsets: &[i64]) -> bool {
-        let settled = sqlx::query("SELECT postbox.settle($1, $2, 0::smallint, $3, $4)")
+        let settled = sqlx::query("SELECT postbox.settle($1, $2, 0::smallint, $3, o) FROM unnest($4) o")
             .bind(consumer)
             .bind(self.subscription)
             .bind(epoch)

@@ -6,7 +6,7 @@ use chrono::Utc;
 use tracing::{debug, error, warn};
 
 use super::report::Afterwards;
-use super::{Executor, Job};
+use super::{Executor, Job, Jobs};
 use crate::block::Record;
 use crate::dead_letter::DeadLetter;
 use crate::handler::{Decision, Expired, HandlerError};
@@ -74,6 +74,29 @@ impl Executor {
         self.retry(job, wait, failure.reason);
     }
 
+    /// Which of its messages is to blame is found by runs of fewer. What the handler says of a whole batch, but that it postpones it, is
+    /// no decision on any one of them.
+    pub(super) fn batch_failed(&mut self, jobs: Jobs, failure: HandlerError) {
+        let offset = jobs.first.offset;
+        if let Decision::Postpone(wait) = failure.decision {
+            debug!(
+                group = %self.plan.group, topic = %self.plan.topic, handler = jobs.handler().name, messages = jobs.len(),
+                offset, reason = failure.reason, ?wait, "the handler postpones a batch"
+            );
+            self.breaker.inconclusive(offset);
+            return self.all_again(jobs, wait);
+        }
+        Counters::add(&self.plan.counters.failed);
+        warn!(
+            group = %self.plan.group, topic = %self.plan.topic, handler = jobs.handler().name, messages = jobs.len(),
+            offset, error = failure.reason, "the handler failed with a batch, which runs again in parts"
+        );
+        if self.breaker.failed(offset, 1, Instant::now()) {
+            self.warn_open();
+        }
+        self.run_in_parts(jobs);
+    }
+
     pub(super) fn warn_open(&self) {
         warn!(
             group = %self.plan.group, topic = %self.plan.topic,
@@ -99,6 +122,7 @@ impl Executor {
             job.record = job.record.detached();
         }
         job.attempt += 1;
+        job.limit = 1;
         job
     }
 
@@ -113,6 +137,12 @@ impl Executor {
     /// Runs once more as if it had not run.
     pub(super) fn again(&mut self, job: Job, wait: Duration) {
         self.again_at(job, Instant::now() + wait);
+    }
+
+    pub(super) fn all_again(&mut self, jobs: Jobs, wait: Duration) {
+        for job in self.take_apart(jobs) {
+            self.again(job, wait);
+        }
     }
 
     fn again_at(&mut self, job: Job, due: Instant) {
@@ -379,6 +409,7 @@ impl Executor {
                 attempt: held.attempts + 1,
                 failing_since: held.failing_for.and_then(|span| Instant::now().checked_sub(span)),
                 stored: true,
+                limit: 1,
                 ..job
             }),
             None => {

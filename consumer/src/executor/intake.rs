@@ -137,7 +137,7 @@ impl Executor {
 
     /// Under a limit there is no use in more than may soon run.
     pub(super) fn wants_more(&self) -> bool {
-        self.open && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency)
+        self.open && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency.max(self.plan.batch))
     }
 
     /// Takes in messages of blocks that were read; says whether there were any.
@@ -167,7 +167,7 @@ impl Executor {
             .unwrap_or(i64::MAX);
         let end = block.end().min(limit);
         let mut taken = 0;
-        while taken < INTAKE && self.may_take_in() {
+        while taken < INTAKE.max(self.plan.batch) && self.may_take_in() {
             let offset = self.streams[n].next;
             if offset >= end {
                 break;

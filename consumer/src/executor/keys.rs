@@ -38,6 +38,20 @@ pub(super) struct Successors {
     pub(super) unrecorded: VecDeque<(u64, i64)>,
 }
 
+impl Successors {
+    /// The first that may run now.
+    pub(super) fn next(&self) -> Option<&Job> {
+        let unrecorded = self.unrecorded.front().map(|(_, first)| *first);
+        let next = self.queue.front()?;
+        unrecorded.is_none_or(|first| next.offset < first).then_some(next)
+    }
+
+    pub(super) fn pop(&mut self) -> Option<Job> {
+        self.next()?;
+        self.queue.pop_front()
+    }
+}
+
 impl Executor {
     /// Puts a message behind its key if that is held; gives it back if it is not.
     pub(super) fn queue_behind_its_key(&mut self, job: Job) -> Option<Job> {
@@ -82,21 +96,17 @@ impl Executor {
             successors.catching_up = true;
             self.catch_up.wait(key);
         }
-        let unrecorded = successors.unrecorded.front().map(|(_, first)| *first);
-        match successors.queue.front() {
-            Some(next) if unrecorded.is_none_or(|first| next.offset < first) => {
-                successors.headless = false;
-                if let Some(next) = successors.queue.pop_front() {
-                    match next.halted {
-                        true => self.halt(next),
-                        false => self.ready.push_back(next),
-                    }
-                }
+        if let Some(mut next) = successors.pop() {
+            successors.headless = false;
+            next.is_ready();
+            match next.halted {
+                true => self.halt(next),
+                false => self.ready.push_back(next),
             }
-            None if successors.parked.is_none() => {
-                self.keys.remove(&key);
-            }
-            _ => successors.headless = true,
+        } else if successors.queue.is_empty() && successors.parked.is_none() {
+            self.keys.remove(&key);
+        } else {
+            successors.headless = true;
         }
     }
 

@@ -1,22 +1,24 @@
 //! Running: when a message starts, and what its end means.
 
+use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::task::JoinError;
+use tokio::task::{Id, JoinError};
 use tracing::{info, warn};
 
-use super::{Ended, Event, Executor, Job};
+use super::{Ended, Event, Executor, Job, Jobs, Running};
 use crate::block::Record;
 use crate::breaker::Allowed;
+use crate::checkout::Checkout;
 use crate::extract::Invocation;
 use crate::handler::{HandlerError, Order, Outcome};
 use crate::journal::Fate;
 use crate::progress::{Counters, Intake};
-use crate::settlement::{self, Fence, Verdict};
+use crate::settlement::{self, Desk, Fence, Verdict};
 
 /// The wait before a transaction that could not begin is tried again.
 const INFRASTRUCTURE_WAIT: Duration = Duration::from_millis(200);
@@ -33,7 +35,8 @@ impl Executor {
             return;
         };
         if let Some(job) = self.queue_behind_its_key(job) {
-            if self.running.len() >= self.plan.concurrency
+            if job.handler.batch > 1
+                || self.running.len() >= self.plan.concurrency
                 || !self.ready.is_empty()
                 || self.breaker.is_open()
                 || (self.throttle.is_limited() && !self.throttle.allows(Instant::now()))
@@ -42,7 +45,7 @@ impl Executor {
                 self.hold_key(&job);
                 self.ready.push_back(job);
             } else {
-                self.start(job);
+                self.start(job.into());
             }
         }
     }
@@ -61,7 +64,8 @@ impl Executor {
             Order::Topic => Some(0),
             Order::None => None,
         };
-        Some(Job {
+        let limit = handler.batch;
+        let mut job = Job {
             record,
             handler,
             offset,
@@ -72,7 +76,11 @@ impl Executor {
             stored: false,
             suspect: false,
             halted: false,
-        })
+            limit,
+            ready_since: None,
+        };
+        job.is_ready();
+        Some(job)
     }
 
     /// Starts what is ready or due again; says whether there was anything.
@@ -94,20 +102,19 @@ impl Executor {
         }
         let mut budget = super::intake::INTAKE;
         while budget > 0 && self.has_room() && !self.breaker.is_open() && self.throttle.allows(now) {
-            let Some(job) = self.next_ready() else { break };
-            self.start(job);
-            budget -= 1;
+            let Some(jobs) = self.next_ready(now) else { break };
+            budget = budget.saturating_sub(jobs.len());
+            self.start(jobs);
         }
         budget < super::intake::INTAKE
     }
 
     /// When so many fail that no more may, only what failed already runs.
-    fn next_ready(&mut self) -> Option<Job> {
-        if self.intake() != Intake::Full {
-            return self.ready.pop_front();
+    fn next_ready(&mut self, now: Instant) -> Option<Jobs> {
+        match self.intake() {
+            Intake::Full => self.ready.pop_failed().map(Jobs::from),
+            _ => self.next_jobs(now),
         }
-        let failed = self.ready.iter().position(|job| job.stored)?;
-        self.ready.remove(failed)
     }
 
     /// One message, to see whether the handler works again.
@@ -115,17 +122,19 @@ impl Executor {
         if !self.has_room() || !self.throttle.allows(now) {
             return false;
         }
-        let Some(job) = self.due_retry(now).or_else(|| self.ready.pop_front()) else {
+        let Some(job) = self.due_retry(now).or_else(|| self.ready.pop()) else {
             return false;
         };
         self.breaker.probes(job.offset);
-        self.start(job);
+        self.start(job.into());
         true
     }
 
     fn due_retry(&mut self, now: Instant) -> Option<Job> {
         let entry = self.retries.first_entry().filter(|entry| entry.key().0 <= now)?;
-        Some(entry.remove())
+        let mut job = entry.remove();
+        job.is_ready();
+        Some(job)
     }
 
     /// A probe is due, and nothing that is in memory can be it.
@@ -143,7 +152,8 @@ impl Executor {
         }
         let throttled = self.throttle.ready_at();
         let next = || {
-            let ready = throttled.filter(|_| !self.ready.is_empty() && self.has_room());
+            let ready = throttled.filter(|_| !self.ready.is_empty());
+            let ready = ready.or_else(|| self.next_filled()).filter(|_| self.has_room());
             let retry = self.retries.keys().next().map(|(due, _)| *due);
             let retry = retry.map(|due| throttled.map_or(due, |at| due.max(at)));
             [ready, retry].into_iter().flatten().min()
@@ -160,45 +170,49 @@ impl Executor {
         self.running.len() < self.plan.concurrency
     }
 
-    pub(super) fn start(&mut self, job: Job) {
-        if self.has_expired(&job) {
-            return self.expire(job);
+    pub(super) fn start(&mut self, jobs: Jobs) {
+        // No message of a batch is either.
+        if self.has_expired(&jobs.first) {
+            return self.expire(jobs.first);
         }
-        self.throttle.spend();
-        if self.is_suspect(&job) {
-            return self.put_on_trial(job);
+        self.throttle.spend(jobs.len());
+        if self.is_suspect(&jobs.first) {
+            return self.put_on_trial(jobs.first);
         }
-        if job.handler.transactional {
-            return match self.transaction(&job) {
-                Ok(run) => self.spawn(job, run),
-                Err(verdict) => self.concluded(job, verdict),
+        if jobs.handler().transactional {
+            return match self.transaction(&jobs) {
+                Ok(run) => self.spawn(jobs, run),
+                Err(verdict) => self.concluded(jobs, verdict),
             };
         }
-        let invocation = self.invocation(&job);
-        let mut run = AssertUnwindSafe(job.handler.call(invocation)).catch_unwind();
+        let invocation = self.invocation(&jobs);
+        let mut run = AssertUnwindSafe(jobs.handler().call(invocation)).catch_unwind();
         if self.inline_cost.allows() {
             let begun = Instant::now();
             let poll = run.poll_unpin(&mut Context::from_waker(Waker::noop()));
             self.inline_cost.spent(begun.elapsed());
             if let Poll::Ready(result) = poll {
                 let outcome = result.unwrap_or_else(|panic| Err(panicked(panic)));
-                return self.concluded(job, Verdict::from(outcome));
+                return self.concluded(jobs, Verdict::from(outcome));
             }
         }
-        let timeout = job.handler.timeout;
-        self.spawn(job, in_time(timeout, run));
+        let timeout = jobs.handler().timeout;
+        self.spawn(jobs, in_time(timeout, run));
     }
 
     /// The whole run as a future, for one that must not begin here and now.
-    pub(super) fn run_of(&self, job: &Job) -> Result<BoxFuture<'static, Verdict>, Verdict> {
-        if job.handler.transactional {
-            return self.transaction(job).map(FutureExt::boxed);
+    pub(super) fn run_of(&mut self, jobs: &Jobs) -> Result<BoxFuture<'static, (Verdict, Option<Checkout>)>, Verdict> {
+        if jobs.handler().transactional {
+            return self.transaction(jobs).map(FutureExt::boxed);
         }
-        let run = AssertUnwindSafe(job.handler.call(self.invocation(job))).catch_unwind();
-        Ok(in_time(job.handler.timeout, run).boxed())
+        let run = AssertUnwindSafe(jobs.handler().call(self.invocation(jobs))).catch_unwind();
+        Ok(in_time(jobs.handler().timeout, run).boxed())
     }
 
-    fn transaction(&self, job: &Job) -> Result<impl Future<Output = Verdict> + Send + use<>, Verdict> {
+    fn transaction(
+        &mut self,
+        jobs: &Jobs,
+    ) -> Result<impl Future<Output = (Verdict, Option<Checkout>)> + Send + use<>, Verdict> {
         let Some(membership) = &self.membership else {
             return Err(Verdict::from(Err(HandlerError::retry(
                 "a broadcast from memory has no Tx",
@@ -207,103 +221,131 @@ impl Executor {
         let fence = Fence {
             consumer: membership.consumer,
             subscription: membership.subscription,
-            lane: job.lane,
-            epoch: self.epoch(job.lane).unwrap_or(-1),
-            offset: job.offset,
-            stored: job.stored,
+            lanes: (jobs.lanes().into_iter())
+                .map(|lane| (lane, self.epoch(lane).unwrap_or(-1)))
+                .collect(),
+            messages: jobs.iter().map(|job| (job.lane, job.offset)).collect(),
+            stored: jobs.first.stored,
         };
-        let pool = self.plan.pool.clone();
-        let invocation = self.invocation(job);
-        let handler = job.handler.clone();
-        Ok(async move { settlement::run(pool, fence, handler, invocation).await })
+        let desk = Desk {
+            pool: self.plan.pool.clone(),
+            ready_since: jobs.iter().filter_map(|job| job.ready_since).max(),
+            checkout: self.checkouts.pop(),
+        };
+        Ok(settlement::run(
+            desk,
+            fence,
+            jobs.handler().clone(),
+            self.invocation(jobs),
+        ))
     }
 
-    fn invocation(&self, job: &Job) -> Invocation {
+    fn invocation(&self, jobs: &Jobs) -> Invocation {
         Invocation {
             topic: self.plan.topic.clone(),
             group: self.plan.group.clone(),
-            record: job.record.clone(),
-            attempt: job.attempt,
+            record: jobs.first.record.clone(),
+            others: jobs.others.iter().map(|job| job.record.clone()).collect(),
+            attempt: jobs.first.attempt,
             states: self.plan.states.clone(),
             tx: None,
         }
     }
 
-    pub(super) fn spawn(&mut self, job: Job, run: impl Future<Output = Verdict> + Send + 'static) {
-        if !job.stored {
-            self.unsettled.insert(job.offset, job.lane);
+    pub(super) fn spawn(
+        &mut self,
+        jobs: Jobs,
+        run: impl Future<Output = (Verdict, Option<Checkout>)> + Send + 'static,
+    ) {
+        for job in jobs.iter() {
+            if !job.stored {
+                self.unsettled.insert(job.offset, job.lane);
+            }
+            self.hold_key(job);
+            if let Some(lane) = self.lanes.get_mut(&job.lane) {
+                lane.running += 1;
+            }
         }
-        self.hold_key(&job);
-        if let Some(lane) = self.lanes.get_mut(&job.lane) {
-            lane.running += 1;
-        }
-        let (offset, lane) = (job.offset, job.lane);
+        let first = jobs.first.offset;
+        let lanes = jobs.iter().map(|job| job.lane).collect();
         let abort = self.tasks.spawn(async move {
+            let (verdict, checkout) = run.await;
             Ended::Run {
-                job,
-                verdict: run.await,
+                jobs,
+                verdict,
+                checkout,
             }
         });
-        self.running.insert(offset, (abort, lane));
+        self.running
+            .insert(abort.id(), Running { abort, first, lanes });
     }
 
-    pub(super) fn ended(&mut self, ended: Result<Ended, JoinError>) {
+    pub(super) fn ended(&mut self, ended: Result<(Id, Ended), JoinError>) {
         match ended {
-            Ok(Ended::Run { job, verdict }) => {
-                self.no_longer_runs(job.offset);
-                self.concluded(job, verdict);
+            Ok((
+                id,
+                Ended::Run {
+                    jobs,
+                    verdict,
+                    checkout,
+                },
+            )) => {
+                // Dropped, it is the pool's again.
+                self.checkouts.extend(checkout.filter(Checkout::may_stay));
+                self.no_longer_runs(id);
+                self.concluded(jobs, verdict);
             }
-            Ok(Ended::Loaded(loaded)) => self.loaded(loaded),
+            Ok((_, Ended::Loaded(loaded))) => self.loaded(loaded),
             // Handlers' panics are caught, so this one was aborted with its lane.
             Err(error) => {
-                let id = error.id();
-                let offset = self
-                    .running
-                    .iter()
-                    .find(|(_, (abort, _))| abort.id() == id)
-                    .map(|(offset, _)| *offset);
-                if let Some(offset) = offset {
-                    self.breaker.inconclusive(offset);
-                    self.no_longer_runs(offset);
+                if let Some(first) = self.no_longer_runs(error.id()) {
+                    self.breaker.inconclusive(first);
                 }
             }
         }
     }
 
-    fn no_longer_runs(&mut self, offset: i64) {
-        if let Some((_, lane)) = self.running.remove(&offset)
-            && let Some(lane) = self.lanes.get_mut(&lane)
-        {
-            lane.running -= 1;
+    /// Gives the offset of the run's first message.
+    fn no_longer_runs(&mut self, run: Id) -> Option<i64> {
+        let Running { first, lanes, .. } = self.running.remove(&run)?;
+        for lane in lanes {
+            if let Some(lane) = self.lanes.get_mut(&lane) {
+                lane.running -= 1;
+            }
         }
-        self.trial_ended(offset);
+        self.trial_ended(first);
+        Some(first)
     }
 
     /// A run has ended.
-    pub(super) fn concluded(&mut self, job: Job, verdict: Verdict) {
+    pub(super) fn concluded(&mut self, jobs: Jobs, verdict: Verdict) {
+        let offset = jobs.first.offset;
         match verdict {
             Verdict::Settled => {
-                Counters::add(&self.plan.counters.handled);
+                Counters::add_all(&self.plan.counters.handled, jobs.len());
                 self.works();
-                self.settle(job);
+                self.settle_all(jobs);
             }
-            Verdict::Failed(failure) => self.failed(job, failure),
+            Verdict::Failed(failure) if jobs.others.is_empty() => self.failed(jobs.first, failure),
+            Verdict::Failed(failure) => self.batch_failed(jobs, failure),
             Verdict::Unavailable(error) => {
                 warn!(group = %self.plan.group, topic = %self.plan.topic, error, "cannot run a transactional handler; trying again");
-                self.breaker.inconclusive(job.offset);
-                self.again(job, INFRASTRUCTURE_WAIT);
+                self.breaker.inconclusive(offset);
+                self.all_again(jobs, INFRASTRUCTURE_WAIT);
             }
             // Whether it committed is known only once the lane is claimed again, which shuts out a commit still on its way.
             Verdict::InDoubt(error) => {
                 warn!(
-                    group = %self.plan.group, topic = %self.plan.topic, offset = job.offset, error,
+                    group = %self.plan.group, topic = %self.plan.topic, offset, error,
                     "lost the connection while committing; claiming the lane again to see what became of it"
                 );
-                self.breaker.inconclusive(job.offset);
-                self.drain(job.lane);
+                self.breaker.inconclusive(offset);
+                jobs.lanes().into_iter().for_each(|lane| self.drain(lane));
             }
             Verdict::Stale => {
-                self.breaker.inconclusive(job.offset);
+                self.breaker.inconclusive(offset);
+                // It is not said which of a batch, and the others are to be handled here: by what the next claim finds.
+                jobs.lanes().into_iter().for_each(|lane| self.drain(lane));
                 if let Some(membership) = &self.membership {
                     let _ = membership.events.send(Event::Stale);
                 }
@@ -319,14 +361,25 @@ impl Executor {
     }
 
     pub(super) fn settle(&mut self, job: Job) {
-        self.unsettled.remove(&job.offset);
+        self.settle_all(job.into());
+    }
+
+    /// A key goes on when all its messages of the run are settled.
+    fn settle_all(&mut self, jobs: Jobs) {
         self.dirty = true;
-        if job.stored {
-            self.failing.remove(&job.offset);
-            self.note(&job, Fate::Done, None, None);
+        for job in jobs.iter() {
+            self.unsettled.remove(&job.offset);
+            if job.stored {
+                self.failing.remove(&job.offset);
+                self.note(job, Fate::Done, None, None);
+            }
         }
-        if let Some(key) = job.key {
-            self.release_key(key);
+        match jobs.others.is_empty() {
+            true => jobs.first.key.into_iter().for_each(|key| self.release_key(key)),
+            false => {
+                let keys: HashSet<i32> = jobs.iter().filter_map(|job| job.key).collect();
+                keys.into_iter().for_each(|key| self.release_key(key));
+            }
         }
     }
 }
@@ -334,11 +387,12 @@ impl Executor {
 async fn in_time(
     timeout: Duration,
     run: impl Future<Output = Result<Outcome, Box<dyn std::any::Any + Send>>> + Send,
-) -> Verdict {
-    match tokio::time::timeout(timeout, run).await {
-        Ok(result) => Verdict::from(result.unwrap_or_else(|panic| Err(panicked(panic)))),
-        Err(_) => Verdict::from(Err(timed_out(timeout))),
-    }
+) -> (Verdict, Option<Checkout>) {
+    let outcome = match tokio::time::timeout(timeout, run).await {
+        Ok(result) => result.unwrap_or_else(|panic| Err(panicked(panic))),
+        Err(_) => Err(timed_out(timeout)),
+    };
+    (Verdict::from(outcome), None)
 }
 
 pub(crate) fn panicked(panic: Box<dyn std::any::Any + Send>) -> HandlerError {

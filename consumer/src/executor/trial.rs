@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use tokio::sync::{mpsc, oneshot};
 
 use super::report::Afterwards;
-use super::{Executor, Job};
+use super::{Executor, Job, Jobs};
 use crate::block::Record;
 use crate::journal::{Entry, Fate};
 use crate::lane::{OwnedLane, lane_of};
@@ -89,13 +89,15 @@ impl Executor {
         if self.trials.running.is_some() || self.stop_by.is_some() || !self.open {
             return;
         }
-        let Some(mut job) = self.trials.queue.pop_front() else {
+        let Some(job) = self.trials.queue.pop_front() else {
             return;
         };
-        let run = match self.run_of(&job) {
+        let mut jobs = Jobs::from(job);
+        let run = match self.run_of(&jobs) {
             Ok(run) => run,
-            Err(verdict) => return self.concluded(job, verdict),
+            Err(verdict) => return self.concluded(jobs, verdict),
         };
+        let job = &mut jobs.first;
         self.trials.running = Some(job.offset);
         let permit = self.plan.trial.clone();
         let request = self.trials.request.clone();
@@ -114,14 +116,17 @@ impl Executor {
             });
             match on_record.await {
                 Ok(()) => run.await,
-                Err(_) => Verdict::Unavailable("the attempt could not be recorded".to_owned()),
+                Err(_) => (
+                    Verdict::Unavailable("the attempt could not be recorded".to_owned()),
+                    None,
+                ),
             }
         };
         if !job.stored {
             self.unsettled.insert(offset, lane);
         }
         job.stored = true;
-        self.spawn(job, trial);
+        self.spawn(jobs, trial);
     }
 
     pub(super) fn record_trial(&mut self, request: Request) {

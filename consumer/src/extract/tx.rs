@@ -5,17 +5,21 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use postbox::Publish;
-use sqlx::pool::PoolConnection;
-use sqlx::{PgConnection, Postgres};
+use sqlx::PgConnection;
 
 use super::{Extract, Invocation};
+use crate::checkout::Checkout;
 use crate::handler::{HandlerDefinition, HandlerError};
 
 /// The transaction in which the message is settled: what the handler writes with it, the messages it publishes with it and
 /// the acknowledgement commit together, or not at all. So the effect is exactly once.
 ///
-/// It is a `PgConnection` with an open transaction. It commits when the handler returns `Ok`, if the instance still
-/// owns the message's lane, and rolls back otherwise. Do not commit it yourself, and let it go before the handler returns.
+/// It is a `PgConnection` with an open transaction, so one that is begun on it is a savepoint. It commits when the handler returns `Ok`, if the
+/// instance still owns the message's lane, and rolls back otherwise. Do not end it yourself, and let it go before the handler returns.
+///
+/// The connection is of the consumer's pool. While one message after another is ready to run it goes from handler to handler, for 50 ms
+/// at most; then it is the pool's again, so that whoever waits there has its turn. The server's `now()` is never before the moment at which
+/// the message could run.
 ///
 /// ```
 /// use postbox::{Message, Outgoing, Publish};
@@ -35,74 +39,32 @@ use crate::handler::{HandlerDefinition, HandlerError};
 /// ```
 pub struct Tx {
     // Some until it is dropped.
-    connection: Option<TxConnection>,
+    transaction: Option<Checkout>,
     slot: TxSlot,
 }
 
-/// Where the connection is when no [`Tx`] has it: before the handler takes it, and after the handler let it go.
-pub(crate) type TxSlot = Arc<Mutex<Option<TxConnection>>>;
+/// Where the transaction is when no [`Tx`] has it: before the handler takes it, and after the handler let it go.
+pub(crate) type TxSlot = Arc<Mutex<Option<Checkout>>>;
 
-/// A pooled connection with an open transaction; closed, not returned to the pool, unless the transaction is ended in order.
-pub(crate) struct TxConnection {
-    connection: Option<PoolConnection<Postgres>>,
-}
-
-impl TxConnection {
-    pub(crate) fn new(connection: PoolConnection<Postgres>) -> Self {
-        Self {
-            connection: Some(connection),
-        }
-    }
-
-    /// The transaction has ended: back to the pool.
-    pub(crate) fn finished(mut self) {
-        self.connection = None;
-    }
-}
-
-const HELD: &str = "the connection is there until `finished` consumes it";
-
-impl Deref for TxConnection {
-    type Target = PgConnection;
-
-    fn deref(&self) -> &PgConnection {
-        self.connection.as_deref().expect(HELD)
-    }
-}
-
-impl DerefMut for TxConnection {
-    fn deref_mut(&mut self) -> &mut PgConnection {
-        self.connection.as_deref_mut().expect(HELD)
-    }
-}
-
-impl Drop for TxConnection {
-    fn drop(&mut self) {
-        if let Some(connection) = &mut self.connection {
-            connection.close_on_drop();
-        }
-    }
-}
-
-const TAKEN: &str = "the connection is there until the Tx is dropped";
+const TAKEN: &str = "the transaction is there until the Tx is dropped";
 
 impl Deref for Tx {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        self.connection.as_ref().expect(TAKEN)
+        self.transaction.as_ref().expect(TAKEN)
     }
 }
 
 impl DerefMut for Tx {
     fn deref_mut(&mut self) -> &mut PgConnection {
-        self.connection.as_mut().expect(TAKEN)
+        self.transaction.as_mut().expect(TAKEN)
     }
 }
 
 impl Drop for Tx {
     fn drop(&mut self) {
-        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = self.connection.take();
+        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = self.transaction.take();
     }
 }
 
@@ -128,13 +90,13 @@ impl Extract for Tx {
             .tx
             .clone()
             .ok_or_else(|| HandlerError::retry("this handler has no transaction"))?;
-        let connection = slot
+        let transaction = slot
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()
             .ok_or_else(|| HandlerError::retry("a handler can take one Tx only"))?;
         Ok(Self {
-            connection: Some(connection),
+            transaction: Some(transaction),
             slot,
         })
     }

@@ -3,7 +3,7 @@
 #![deny(warnings)]
 
 use postbox::Message;
-use postbox_consumer::{DeadLetter, Delivery, HandlerDefinition, HandlerError, State, Tx, handler, handlers};
+use postbox_consumer::{Batch, DeadLetter, Delivery, HandlerDefinition, HandlerError, State, Tx, handler, handlers};
 use serde::{Deserialize, Serialize};
 
 #[derive(Serialize, Deserialize, Message)]
@@ -29,6 +29,14 @@ pub async fn reserve_stock(
     } else {
         Ok(())
     }
+}
+
+#[handler(group = "search", batch = 500, batch_wait = "20ms")]
+async fn index(orders: Batch<OrderPlaced>, _tx: Tx, _stock: State<Stock>) -> Result<(), HandlerError> {
+    for order in &orders {
+        assert!(order.message.order_id > 0 && order.delivery.attempt > 0);
+    }
+    Ok(())
 }
 
 mod mail {

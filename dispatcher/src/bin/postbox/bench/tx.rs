@@ -1,11 +1,11 @@
-//! Handlers that share their transaction with the acknowledgement, against bare transactions with the handler's own write.
+//! Handlers that share their transaction with the acknowledgement, against bare transactions with the handler's own write; and batches of them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use postbox_consumer::{Consumer, Extract, HandlerDefinition, HandlerError, Tx};
+use postbox_consumer::{Batch, Consumer, Extract, HandlerDefinition, HandlerError, Raw, Tx};
 use sqlx::Connection;
 
 use super::fanout;
@@ -17,71 +17,116 @@ use super::sink::LANES;
 const EFFECT: &str = "INSERT INTO postbox_bench.effect VALUES ($1, 'handled')";
 const PATIENCE: Duration = Duration::from_secs(60);
 
+const EFFECTS: &str = "INSERT INTO postbox_bench.effect SELECT n, 'handled' FROM unnest($1::bigint[]) AS n";
+/// Messages of a batch.
+const BATCH: usize = 500;
+/// Batches of one measurement.
+const BATCHES: u64 = 200;
+
 pub(crate) async fn measure(ground: &mut Ground) -> anyhow::Result<Vec<Report>> {
-    let topic = ground.topic("tx");
+    let topics = [ground.topic("tx"), ground.topic("tx")];
     let (rounds, clients) = (ground.settings.rounds(), ground.settings.clients());
-    ground.progress.begin("tx", 2 * rounds);
-    let handled = Arc::new(AtomicU64::new(0));
-    let handler = {
-        let handled = handled.clone();
-        HandlerDefinition::new("bench")
-            .group(ground.group(0))
-            .topic(topic.clone())
-            .concurrency(clients)
-            .argument::<Tx>()
-            .call(move |mut invocation| {
-                let handled = handled.clone();
-                Box::pin(async move {
-                    let mut tx = Tx::extract(&mut invocation).await?;
-                    let n = handled.fetch_add(1, Ordering::Relaxed);
-                    sqlx::query(EFFECT)
-                        .bind(n as i64)
-                        .execute(&mut *tx)
-                        .await
-                        .map_err(HandlerError::retry)?;
-                    Ok(())
-                })
-            })
-    };
+    ground.progress.begin("tx", 3 * rounds);
+    let handled: [Arc<AtomicU64>; 2] = Default::default();
     let consumer = Consumer::new(ground.consumer_pool(clients as u32 + 2))
         .name("postbox-bench")
-        .handlers([handler])
+        .handlers([
+            one_by_one(ground, &topics[0], clients, handled[0].clone()),
+            batched(ground, &topics[1], handled[1].clone()),
+        ])
         .start()
         .await?;
-    ground.lanes_owned(&topic, LANES).await?;
+    for topic in &topics {
+        ground.lanes_owned(topic, LANES).await?;
+    }
     // As many as bare transactions fit in the time.
     let first = bare(ground, clients, ground.settings.span(1), u64::MAX).await?;
     let messages = ((first * ground.settings.span(1).as_secs_f64()) as u64).max(1);
-    let mut rates = Rounds::<2>::new();
-    let mut published = 0;
+    let in_batches = BATCHES * BATCH as u64;
+    let mut rates = Rounds::<3>::new();
+    let mut published = [0, 0];
     for _ in 0..rounds {
-        fanout::publish(ground, &topic, messages).await?;
-        published += messages;
-        let of_messages = until_handled(&handled, published - messages, published).await?;
+        fanout::publish(ground, &topics[0], messages).await?;
+        published[0] += messages;
+        let of_messages = until_handled(&handled[0], published[0] - messages, published[0]).await?;
         ground.progress.step("handlers");
         let of_bare = bare(ground, clients, Duration::MAX, messages).await?;
         ground.progress.step("bare transactions");
-        rates.add([of_messages, of_bare]);
+        fanout::publish(ground, &topics[1], in_batches).await?;
+        published[1] += in_batches;
+        let of_batches = until_handled(&handled[1], published[1] - in_batches, published[1]).await?;
+        ground.progress.step("batches");
+        rates.add([of_messages, of_bare, of_batches]);
     }
     consumer.shutdown().await?;
-    let settled: i64 = sqlx::query_scalar(
-        "SELECT count(*) FROM postbox.settlement t JOIN postbox.subscription s ON s.id = t.subscription_id WHERE s.topic = $1",
-    )
-    .bind(&topic)
-    .fetch_one(&ground.pool)
-    .await?;
-    ensure!(
-        settled == published as i64,
-        "{settled} of {published} messages were settled in their transactions"
-    );
+    for (topic, published) in topics.iter().zip(published) {
+        let settled: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM postbox.settlement t JOIN postbox.subscription s ON s.id = t.subscription_id WHERE s.topic = $1",
+        )
+        .bind(topic)
+        .fetch_one(&ground.pool)
+        .await?;
+        ensure!(
+            settled == published as i64,
+            "{settled} of {published} messages were settled in their transactions"
+        );
+    }
     Ok(vec![
         Report::verified("tx")
-            .with("messages", published)
+            .with("messages", published[0])
+            .with("batch", BATCH)
             .figure("messages_per_s", rates.median(0))
             .figure("bare_transactions_per_s", rates.median(1))
             .figure("ratio_to_bare_transactions", rates.ratio(0, 1))
-            .figure_if("batched_messages_per_s", None),
+            .figure("batched_messages_per_s", rates.median(2)),
     ])
+}
+
+/// A transaction for each message.
+fn one_by_one(ground: &Ground, topic: &str, clients: usize, handled: Arc<AtomicU64>) -> HandlerDefinition {
+    HandlerDefinition::new("bench")
+        .group(ground.group(0))
+        .topic(topic)
+        .concurrency(clients)
+        .argument::<Tx>()
+        .call(move |mut invocation| {
+            let handled = handled.clone();
+            Box::pin(async move {
+                let mut tx = Tx::extract(&mut invocation).await?;
+                let n = handled.fetch_add(1, Ordering::Relaxed);
+                sqlx::query(EFFECT)
+                    .bind(n as i64)
+                    .execute(&mut *tx)
+                    .await
+                    .map_err(HandlerError::retry)?;
+                Ok(())
+            })
+        })
+}
+
+/// A transaction for each batch.
+fn batched(ground: &Ground, topic: &str, handled: Arc<AtomicU64>) -> HandlerDefinition {
+    HandlerDefinition::new("bench")
+        .group(ground.group(1))
+        .topic(topic)
+        .batch(BATCH)
+        .argument::<Batch<Raw>>()
+        .argument::<Tx>()
+        .call(move |mut invocation| {
+            let handled = handled.clone();
+            Box::pin(async move {
+                let messages = Batch::<Raw>::extract(&mut invocation).await?;
+                let mut tx = Tx::extract(&mut invocation).await?;
+                let offsets: Vec<i64> = messages.iter().map(|item| item.delivery.offset.get()).collect();
+                sqlx::query(EFFECTS)
+                    .bind(offsets)
+                    .execute(&mut *tx)
+                    .await
+                    .map_err(HandlerError::retry)?;
+                handled.fetch_add(messages.len() as u64, Ordering::Relaxed);
+                Ok(())
+            })
+        })
 }
 
 /// The rate from the first to the last run. Those that are last to begin are not committed yet: that is as many as there are clients.

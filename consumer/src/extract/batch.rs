@@ -1,0 +1,124 @@
+//! Many messages at once.
+
+use std::ops::Deref;
+
+use super::{Delivery, Extract, Invocation, State, Tx};
+use crate::handler::{HandlerDefinition, HandlerError};
+
+/// The messages of one run of a handler: as many as are ready, up to the handler's `batch`, and at least one. `T` is what a handler of one message would
+/// take: a message, [`Json`](super::Json) or [`Raw`](super::Raw).
+///
+/// They are by offset, so messages of one key are in their order; and a key is never in two batches at once. All are of this one handler.
+///
+/// **Settled together.** When the handler returns `Ok`, all of them are handled. Beside a [`Tx`](super::Tx) they are acknowledged in it, so the
+/// effect of the whole batch is exactly once: it commits if the instance still owns the lanes of all its messages, and rolls back otherwise.
+///
+/// **Failed together.** When it fails, panics or takes longer than its timeout, the batch runs again in tenths, and what fails of these in tenths
+/// again, until the message that is to blame runs by itself. Only that counts as its attempt, is retried by the handler's policy (by
+/// itself from then on) and holds its key; so decisions such as [`HandlerError::discard`] mean something of a single message only, but for
+/// [`HandlerError::postpone`], which is of them all. A handler whose effect is not in a `Tx` therefore sees the messages of a failed batch again.
+///
+/// ```
+/// use postbox::Message;
+/// use postbox_consumer::{Batch, HandlerError, Tx, handler};
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Serialize, Deserialize, Message)]
+/// #[message(topic = "orders", type = "order.placed", key = order_id)]
+/// struct OrderPlaced { order_id: i64 }
+///
+/// #[handler(group = "reporting", batch = 500)]
+/// async fn count_orders(orders: Batch<OrderPlaced>, mut tx: Tx) -> Result<(), HandlerError> {
+///     let ids: Vec<i64> = orders.iter().map(|order| order.message.order_id).collect();
+///     sqlx::query("INSERT INTO placed (order_id) SELECT unnest($1::bigint[])").bind(ids).execute(&mut *tx).await?;
+///     Ok(())
+/// }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Batch<T> {
+    items: Vec<Item<T>>,
+}
+
+/// A message of a [`Batch`].
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Item<T> {
+    /// The message.
+    pub message: T,
+    /// What is known of it beside its payload.
+    pub delivery: Delivery,
+}
+
+impl<T> Batch<T> {
+    /// The messages without their deliveries.
+    pub fn into_messages(self) -> impl Iterator<Item = T> {
+        self.items.into_iter().map(|item| item.message)
+    }
+}
+
+impl<T> Deref for Batch<T> {
+    type Target = [Item<T>];
+
+    fn deref(&self) -> &[Item<T>] {
+        &self.items
+    }
+}
+
+impl<T> IntoIterator for Batch<T> {
+    type Item = Item<T>;
+    type IntoIter = std::vec::IntoIter<Item<T>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.items.into_iter()
+    }
+}
+
+impl<'a, T> IntoIterator for &'a Batch<T> {
+    type Item = &'a Item<T>;
+    type IntoIter = std::slice::Iter<'a, Item<T>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.items.iter()
+    }
+}
+
+impl<T: Extract + Send> Extract for Batch<T> {
+    fn declare(handler: &mut HandlerDefinition) {
+        T::declare(handler);
+        handler.takes_batches = true;
+    }
+
+    async fn extract(invocation: &mut Invocation) -> Result<Self, HandlerError> {
+        let others = std::mem::take(&mut invocation.others);
+        let mut items = Vec::with_capacity(1 + others.len());
+        for record in std::iter::once(invocation.record.clone()).chain(others) {
+            let mut one = Invocation {
+                topic: invocation.topic.clone(),
+                group: invocation.group.clone(),
+                record,
+                others: Vec::new(),
+                attempt: invocation.attempt,
+                states: invocation.states.clone(),
+                tx: None,
+            };
+            items.push(Item {
+                message: T::extract(&mut one).await?,
+                delivery: Delivery::extract(&mut one).await?,
+            });
+        }
+        Ok(Self { items })
+    }
+}
+
+/// What a handler may take beside a [`Batch`]: what is not of a single message. Implemented for [`Tx`] and [`State`]; implement it for an
+/// extractor of your own that is the same for every message.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is of one message, and this handler takes batches",
+    label = "not allowed beside `Batch<…>`",
+    note = "each item of a `Batch<…>` has its `message` and its `delivery`; beside it a handler takes `Tx` and `State<S>`"
+)]
+pub trait BesideBatch {}
+
+impl BesideBatch for Tx {}
+
+impl<S> BesideBatch for State<S> {}

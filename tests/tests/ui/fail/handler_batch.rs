@@ -1,0 +1,21 @@
+use postbox_consumer::{Batch, Delivery, Raw, Tx, handler};
+
+#[handler(group = "search", topic = "orders")]
+async fn without_a_size(_orders: Batch<Raw>) {}
+
+#[handler(group = "search", topic = "orders", batch = 500)]
+async fn without_a_batch(_order: Raw) {}
+
+#[handler(group = "search", topic = "orders", batch_wait = "20ms")]
+async fn wait_without_a_batch(_order: Raw) {}
+
+#[handler(group = "search", topic = "orders", batch = 500)]
+async fn two_batches(_orders: Batch<Raw>, _more: Batch<Raw>) {}
+
+#[handler(group = "search", topic = "orders", batch = 500)]
+async fn with_a_delivery(_orders: Batch<Raw>, _delivery: Delivery, _tx: Tx) {}
+
+#[handler(group = "search", topic = "orders", batch = 0)]
+async fn none_at_once(_orders: Batch<Raw>) {}
+
+fn main() {}
