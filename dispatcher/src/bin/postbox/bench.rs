@@ -9,6 +9,7 @@ mod idle;
 mod latency;
 mod load;
 mod message;
+mod moments;
 mod process;
 mod progress;
 mod publish;
@@ -16,6 +17,7 @@ mod report;
 mod rounds;
 mod sink;
 mod throughput;
+mod timers;
 mod tx;
 mod worker;
 
@@ -64,6 +66,8 @@ enum Bench {
     Backlog(backlog::Args),
     /// Throughput and latency while another session holds the xmin horizon: the last ten seconds against the first
     HeldXmin,
+    /// How late scheduled messages come, and how long many take that are due at once
+    Timers(timers::Args),
     /// All of them, one after another
     All,
     /// A consumer that counts; what benches start as processes of their own
@@ -80,7 +84,7 @@ pub(crate) struct Settings {
     /// Measure the textbook outbox too: insert, select for update skip locked, delete (publish and throughput)
     #[arg(long, global = true)]
     compare: bool,
-    /// How long one measurement takes [default: 1 a round; latency 10, idle 30, held-xmin 60]
+    /// How long one measurement takes [default: 1 a round; latency and timers 10, idle 30, held-xmin 60]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=3600))]
     seconds: Option<u64>,
     /// Rounds of measurements that take turns [default: 9]
@@ -152,7 +156,7 @@ impl Bench {
         Ok(())
     }
 
-    fn everything() -> [Bench; 8] {
+    fn everything() -> [Bench; 9] {
         [
             Bench::Publish,
             Bench::Throughput,
@@ -162,6 +166,7 @@ impl Bench {
             Bench::Idle,
             Bench::Backlog(backlog::Args::default()),
             Bench::HeldXmin,
+            Bench::Timers(timers::Args::default()),
         ]
     }
 
@@ -175,6 +180,7 @@ impl Bench {
             Bench::Idle => "idle",
             Bench::Backlog(_) => "backlog",
             Bench::HeldXmin => "held-xmin",
+            Bench::Timers(_) => "timers",
             Bench::All | Bench::Worker(_) => "all",
         }
     }
@@ -189,6 +195,7 @@ impl Bench {
             Bench::Idle => idle::measure(ground).await,
             Bench::Backlog(args) => backlog::measure(ground, args).await,
             Bench::HeldXmin => held_xmin::measure(ground).await,
+            Bench::Timers(args) => timers::measure(ground, args).await,
             Bench::All | Bench::Worker(_) => Ok(Vec::new()),
         }
     }
