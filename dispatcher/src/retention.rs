@@ -22,12 +22,10 @@ const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 const TRUNCATE_LOG: &str =
     "SELECT $1 AS slot, outcome, messages, bytes, detail FROM postbox.truncate_log($1)";
 
+const TRUNCATE_RECORDS: &str = "SELECT postbox.truncate_records($1, $2)";
+
 /// Each alone: none depends on another.
-const TRUNCATE_REST: [&str; 3] = [
-    "SELECT postbox.truncate_checkpoints($1)",
-    "SELECT postbox.truncate_settlements($1)",
-    "SELECT postbox.truncate_ticks($1)",
-];
+const RECORDS: [&str; 4] = ["checkpoint", "settlement", "tick", "heartbeat"];
 
 const SLOT_SECONDS: &str = "SELECT extract(epoch FROM keep)::float8 / 6 FROM postbox.retention";
 
@@ -84,8 +82,8 @@ pub async fn turn(pool: &PgPool) -> Result<Turn, postbox::Error> {
     let mut connection = pool.acquire().await?;
     let mut turn = Turn::default();
     for slot in 0..SLOTS {
-        for truncate in TRUNCATE_REST {
-            rest(&mut connection, truncate, slot).await?;
+        for kind in RECORDS {
+            records(&mut connection, kind, slot).await?;
         }
         let log = log(&mut connection, slot).await?;
         if log.outcome == "truncated" {
@@ -132,9 +130,10 @@ async fn log(connection: &mut PgConnection, slot: i16) -> Result<SlotTurn, sqlx:
     }
 }
 
-async fn rest(connection: &mut PgConnection, truncate: &'static str, slot: i16) -> Result<(), sqlx::Error> {
+async fn records(connection: &mut PgConnection, kind: &str, slot: i16) -> Result<(), sqlx::Error> {
     let mut tx = connection.begin_with(BEGIN).await?;
-    match sqlx::query(truncate).bind(slot).execute(&mut *tx).await {
+    let truncate = sqlx::query(TRUNCATE_RECORDS).bind(slot).bind(kind);
+    match truncate.execute(&mut *tx).await {
         Ok(_) => tx.commit().await,
         Err(error) if is_busy(&error) => tx.rollback().await,
         Err(error) => Err(error),

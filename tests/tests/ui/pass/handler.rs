@@ -16,6 +16,7 @@ pub struct OrderPlaced {
 pub struct Stock(u64);
 
 const LANES: u16 = 8;
+const RATE: u32 = 200;
 
 /// Documented and public.
 #[handler(group = "inventory")]
@@ -42,6 +43,9 @@ mod mail {
         order = "topic",
         start = "latest",
         lanes = super::LANES,
+        rate = super::RATE,
+        instance_rate = 0.5,
+        window = "22:00-06:00 Europe/Berlin",
         timeout = "20s",
         retry(backoff = "exponential(1s, 10m)"),
     )]
