@@ -26,7 +26,7 @@ const TURNS: usize = 3;
 
 pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<Vec<Report>> {
     ground.progress.begin("backlog", 4 * TURNS + 2);
-    ground.dispatch_elsewhere().await;
+    ground.dispatch_elsewhere().await?;
     let dispatcher = Process::dispatcher(ground).await?;
     // Of a topic of its own, so that all that differs is what is pending.
     let work = Work::Business(Beside::Message {
@@ -103,7 +103,10 @@ impl Pending {
         self.consumer_peak = consumer.peak_rss_mb();
         consumer.stop().await?;
         self.per_second = delivered.deliveries as f64 / (delivered.last - delivered.first);
-        self.drained.extend(delivered.rates);
+        match delivered.rates.is_empty() {
+            true => self.drained.push(self.per_second),
+            false => self.drained.extend(delivered.rates),
+        }
         Ok(())
     }
 }

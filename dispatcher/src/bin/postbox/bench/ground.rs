@@ -106,7 +106,7 @@ impl Ground {
 
     /// Removes what [`prepare`](Self::prepare) made, and the groups and topics.
     pub(crate) async fn clean(mut self) -> anyhow::Result<()> {
-        self.dispatch_elsewhere().await;
+        self.dispatch_elsewhere().await?;
         sqlx::raw_sql(DROP)
             .execute(&mut self.own)
             .await
@@ -122,11 +122,14 @@ impl Ground {
         Ok(())
     }
 
-    /// Ends the dispatcher in this process.
-    pub(crate) async fn dispatch_elsewhere(&mut self) {
+    /// Ends the dispatcher in this process; the server knows it, too, on return.
+    pub(crate) async fn dispatch_elsewhere(&mut self) -> anyhow::Result<()> {
         if let Some(dispatcher) = self.dispatcher.take() {
+            let before = status::dispatchers(&self.pool).await?;
             dispatcher.shutdown().await;
+            self.dispatchers(before - 1).await?;
         }
+        Ok(())
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -170,7 +173,7 @@ impl Ground {
 
     /// Until so many dispatchers are connected.
     pub(crate) async fn dispatchers(&self, count: i64) -> anyhow::Result<()> {
-        self.until("the dispatcher is connected", async || {
+        self.until("so many dispatchers were connected", async || {
             Ok(status::dispatchers(&self.pool).await? == count)
         })
         .await

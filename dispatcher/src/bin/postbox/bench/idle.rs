@@ -20,7 +20,7 @@ pub(crate) async fn measure(ground: &mut Ground) -> anyhow::Result<Vec<Report>> 
     let span = ground.settings.span(30);
     ground.progress.begin("idle", 2);
     let topic = ground.topic("idle");
-    ground.dispatch_elsewhere().await;
+    ground.dispatch_elsewhere().await?;
     let dispatcher = Process::dispatcher(ground).await?;
     let mut consumer = Process::worker(ground, &topic, &[ground.group(0)], 1).await?;
     ground.lanes_owned(&topic, lanes_of(1)).await?;

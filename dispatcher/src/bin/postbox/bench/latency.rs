@@ -42,7 +42,7 @@ pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<
     let mut reports = Vec::new();
     for place in ["embedded", "sidecar"] {
         let sidecar = if place == "sidecar" {
-            ground.dispatch_elsewhere().await;
+            ground.dispatch_elsewhere().await?;
             Some(Process::dispatcher(ground).await?)
         } else {
             None

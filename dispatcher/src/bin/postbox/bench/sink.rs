@@ -67,19 +67,25 @@ impl Sink {
         let before = self.handled();
         let mut first = None;
         let mut last = (before, Instant::now());
-        let mut slice = None;
+        let mut looked = last.1;
+        let mut slice = last;
         let mut rates = Vec::new();
         loop {
             let handled = self.handled();
+            let now = Instant::now();
             if handled > last.0 {
-                last = (handled, Instant::now());
-                first.get_or_insert(last.1);
-                let (from, since) = *slice.get_or_insert(last);
-                if handled - from >= SLICE {
-                    rates.push((handled - from) as f64 / (last.1 - since).as_secs_f64());
-                    slice = Some(last);
+                if first.is_none() {
+                    // It came after the look before.
+                    first = Some(looked);
+                    slice = (before, looked);
+                }
+                last = (handled, now);
+                if handled - slice.0 >= SLICE {
+                    rates.push((handled - slice.0) as f64 / (now - slice.1).as_secs_f64());
+                    slice = last;
                 }
             }
+            looked = now;
             if handled >= expected {
                 break;
             }
