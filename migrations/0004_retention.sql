@@ -1,6 +1,4 @@
--- Retention, replay, pause and limits: how the ring turns, and what an operator may do to a subscription. See ARCHITECTURE.md, "The ring".
---
--- One more advisory lock: 1347571761, 5: retention, one truncation at a time.
+-- Retention, replay, pause and limits: how the ring turns, and what an operator may do to a subscription. See ARCHITECTURE.md, "Retention".
 
 CREATE TABLE postbox.retention (
     one                    boolean     PRIMARY KEY DEFAULT true CHECK (one),
