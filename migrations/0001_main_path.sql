@@ -13,6 +13,7 @@ COMMENT ON SCHEMA postbox IS
 --   1347571763, consumer id: held by a consumer's session for as long as it lives
 --   1347571764, hash of topic and key: ordered publishing
 --   1347571766, 1: postbox bench
+--   1347571767, tenths of a second: held shared by a consumer's session, when it said last that it is alive
 
 ---------------------------------------------------------------------------------------------------------------- time and ids
 
@@ -198,15 +199,28 @@ CREATE TABLE postbox.consumer (
     report        jsonb       NOT NULL DEFAULT '{}'
 ) WITH (fillfactor = 50);
 COMMENT ON TABLE postbox.consumer IS
-    'One row is a session of a consumer instance, which holds the advisory lock (1347571763, id) while it lives. Written by the instance.';
+    'One row is a session of a consumer instance, which holds the advisory lock (1347571763, id) while it lives. Written by the instance at its start and end, so that looking at it costs the same whoever holds the xmin horizon.';
 COMMENT ON COLUMN postbox.consumer.id IS 'Instance; a new one for every session.';
 COMMENT ON COLUMN postbox.consumer.name IS 'Name of the instance (host name by default).';
 COMMENT ON COLUMN postbox.consumer.pid IS 'Its process id.';
 COMMENT ON COLUMN postbox.consumer.subscriptions IS 'Which subscriptions it serves.';
-COMMENT ON COLUMN postbox.consumer.lease IS 'How old heartbeat_at may be before others take over although its lock is still held.';
-COMMENT ON COLUMN postbox.consumer.started_at IS 'When the session began.';
-COMMENT ON COLUMN postbox.consumer.heartbeat_at IS 'When it last said that it is alive.';
-COMMENT ON COLUMN postbox.consumer.report IS 'What it says of itself at a heartbeat: positions and failures of its broadcasts, counters.';
+COMMENT ON COLUMN postbox.consumer.lease IS 'How old its last heartbeat may be before others take over although its lock is still held.';
+COMMENT ON COLUMN postbox.consumer.started_at IS 'When the session began; its heartbeats are counted from here.';
+COMMENT ON COLUMN postbox.consumer.heartbeat_at IS 'Its last heartbeat, if that is not in postbox.heartbeat any more.';
+COMMENT ON COLUMN postbox.consumer.report IS 'What it said of itself then.';
+
+CREATE TABLE postbox.heartbeat (
+    slot        smallint    NOT NULL DEFAULT postbox.slot_of(postbox.clock()),
+    consumer_id integer     NOT NULL,
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    report      jsonb       NOT NULL
+) PARTITION BY LIST (slot);
+COMMENT ON TABLE postbox.heartbeat IS
+    'One row is what a consumer said of itself at a heartbeat, for postbox status. Written by consumers, never updated, the newest counts; same ring as the outbox. Whether it is alive is told by locks alone.';
+COMMENT ON COLUMN postbox.heartbeat.slot IS 'Ring slot, from the clock.';
+COMMENT ON COLUMN postbox.heartbeat.consumer_id IS 'Instance.';
+COMMENT ON COLUMN postbox.heartbeat.at IS 'When.';
+COMMENT ON COLUMN postbox.heartbeat.report IS 'Positions and failures of its subscriptions and broadcasts, counters.';
 
 CREATE TABLE postbox.lane (
     subscription_id integer  NOT NULL REFERENCES postbox.subscription ON DELETE CASCADE,
@@ -295,11 +309,13 @@ BEGIN
         EXECUTE format('CREATE TABLE postbox.tick_%1$s PARTITION OF postbox.tick FOR VALUES IN (%1$s)', slot);
         EXECUTE format('CREATE TABLE postbox.checkpoint_%1$s PARTITION OF postbox.checkpoint FOR VALUES IN (%1$s)', slot);
         EXECUTE format('CREATE TABLE postbox.settlement_%1$s PARTITION OF postbox.settlement FOR VALUES IN (%1$s)', slot);
+        EXECUTE format('CREATE TABLE postbox.heartbeat_%1$s PARTITION OF postbox.heartbeat FOR VALUES IN (%1$s)', slot);
         EXECUTE format('COMMENT ON TABLE postbox.outbox_%1$s IS ''Slot %1$s of postbox.outbox.''', slot);
         EXECUTE format('COMMENT ON TABLE postbox.segment_%1$s IS ''Slot %1$s of postbox.segment.''', slot);
         EXECUTE format('COMMENT ON TABLE postbox.tick_%1$s IS ''Slot %1$s of postbox.tick.''', slot);
         EXECUTE format('COMMENT ON TABLE postbox.checkpoint_%1$s IS ''Slot %1$s of postbox.checkpoint.''', slot);
         EXECUTE format('COMMENT ON TABLE postbox.settlement_%1$s IS ''Slot %1$s of postbox.settlement.''', slot);
+        EXECUTE format('COMMENT ON TABLE postbox.heartbeat_%1$s IS ''Slot %1$s of postbox.heartbeat.''', slot);
     END LOOP;
 END $$;
 
@@ -309,6 +325,7 @@ CREATE INDEX segment_topic_base ON postbox.segment (topic, base);
 CREATE INDEX tick_newest ON postbox.tick (id);
 CREATE INDEX checkpoint_newest ON postbox.checkpoint (subscription_id, consumer_id, id);
 CREATE INDEX settlement_offset ON postbox.settlement (subscription_id, lane, "offset");
+CREATE INDEX heartbeat_newest ON postbox.heartbeat (consumer_id, at);
 
 -------------------------------------------------------------------------------------------------------------------- publishing
 
@@ -693,6 +710,54 @@ CREATE FUNCTION postbox.is_live(of_consumer integer) RETURNS boolean
     RETURN EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 1347571763 AND l.objid = of_consumer::oid
         AND l.objsubid = 2 AND l.granted AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()));
 COMMENT ON FUNCTION postbox.is_live IS 'Whether a consumer''s session holds its lock.';
+
+CREATE FUNCTION postbox.heartbeat(of_consumer integer, said jsonb, last_beat integer) RETURNS integer
+    LANGUAGE plpgsql AS $$
+DECLARE
+    beat integer;
+BEGIN
+    SELECT greatest(extract(epoch FROM clock_timestamp() - c.started_at) * 10, 0)::integer INTO beat
+    FROM postbox.consumer c WHERE c.id = of_consumer;
+    IF beat IS NOT NULL THEN
+        -- The new one first, so that nobody sees none.
+        PERFORM pg_advisory_lock_shared(1347571767, beat);
+        PERFORM pg_advisory_unlock_shared(1347571767, last_beat);
+        INSERT INTO postbox.heartbeat (consumer_id, report) VALUES (of_consumer, said);
+    END IF;
+    RETURN beat;
+END $$;
+COMMENT ON FUNCTION postbox.heartbeat IS
+    'A consumer says, in its own session, that it is alive, and of itself what postbox status shows. Returns a number to pass to the next call; null: it is not registered any more.';
+
+CREATE FUNCTION postbox.sessions() RETURNS TABLE (consumer_id integer, heartbeat_at timestamptz, in_time boolean)
+    LANGUAGE sql STABLE AS $$
+    -- Once, so that a session and its heartbeat are of one moment.
+    WITH locks AS MATERIALIZED (
+        SELECT l.classid::bigint AS class, l.objid::bigint AS number, l.pid FROM pg_locks l
+        WHERE l.locktype = 'advisory' AND l.classid IN (1347571763, 1347571767) AND l.objsubid = 2 AND l.granted
+            AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+    )
+    SELECT n.id, n.heartbeat_at, n.heartbeat_at + n.lease > clock_timestamp()
+    FROM (
+        SELECT c.id, c.lease, c.started_at + coalesce(max(h.number), 0) * interval '100 milliseconds' AS heartbeat_at
+        FROM locks s JOIN postbox.consumer c ON c.id = s.number LEFT JOIN locks h ON h.class = 1347571767 AND h.pid = s.pid
+        WHERE s.class = 1347571763 GROUP BY c.id, c.lease, c.started_at) n
+$$;
+COMMENT ON FUNCTION postbox.sessions IS
+    'The consumers whose sessions hold their locks, when each said last that it is alive (its start is the first time), and whether its lease still lasts.';
+
+CREATE FUNCTION postbox.last_report(of_consumer integer, OUT heartbeat_at timestamptz, OUT report jsonb)
+    LANGUAGE plpgsql STABLE
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+BEGIN
+    SELECT h.at, h.report INTO heartbeat_at, report FROM postbox.heartbeat h
+    WHERE h.consumer_id = of_consumer ORDER BY h.at DESC LIMIT 1;
+    IF NOT FOUND THEN
+        SELECT c.heartbeat_at, c.report INTO heartbeat_at, report FROM postbox.consumer c WHERE c.id = of_consumer;
+    END IF;
+END $$;
+COMMENT ON FUNCTION postbox.last_report IS 'When a consumer, alive or not, had its last heartbeat, and what it said.';
 
 CREATE FUNCTION postbox.lane_state(of_subscription integer, of_lane smallint) RETURNS TABLE (
     consumer_id integer, epoch integer, "position" bigint, pending bigint[]

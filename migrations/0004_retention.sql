@@ -1,6 +1,4 @@
--- Retention, replay, pause and limits: how the ring turns, and what an operator may do to a subscription. See ARCHITECTURE.md, "The ring".
---
--- One more advisory lock: 1347571761, 5: retention, one truncation at a time.
+-- Retention, replay, pause and limits: how the ring turns, and what an operator may do to a subscription. See ARCHITECTURE.md, "Retention".
 
 CREATE TABLE postbox.retention (
     one                    boolean     PRIMARY KEY DEFAULT true CHECK (one),
@@ -46,16 +44,45 @@ COMMENT ON COLUMN postbox.lane.checkpoint_id IS
 
 ALTER TABLE postbox.subscription
     ADD COLUMN paused boolean NOT NULL DEFAULT false,
-    ADD COLUMN rate_limit double precision CHECK (rate_limit > 0 AND rate_limit < 1e9),
-    ADD COLUMN instance_rate_limit double precision CHECK (instance_rate_limit > 0 AND instance_rate_limit < 1e9),
+    ADD COLUMN rate_limit double precision CHECK (rate_limit > 0),
+    ADD COLUMN instance_rate_limit double precision CHECK (instance_rate_limit > 0),
     ADD COLUMN drain_window text,
+    ADD COLUMN rate_limit_in_code double precision CHECK (rate_limit_in_code > 0),
+    ADD COLUMN instance_rate_limit_in_code double precision CHECK (instance_rate_limit_in_code > 0),
+    ADD COLUMN drain_window_in_code text,
     ADD COLUMN last_live_at timestamptz NOT NULL DEFAULT postbox.clock();
 COMMENT ON COLUMN postbox.subscription.paused IS 'Whether no message is started.';
-COMMENT ON COLUMN postbox.subscription.rate_limit IS 'Most messages started a second by all instances together; null: no limit.';
-COMMENT ON COLUMN postbox.subscription.instance_rate_limit IS 'Most messages started a second by each instance; null: no limit.';
+COMMENT ON COLUMN postbox.subscription.rate_limit IS
+    'Most messages started a second by all instances together, as an operator says; infinity: no limit; null: as the code says.';
+COMMENT ON COLUMN postbox.subscription.instance_rate_limit IS 'The same for each instance.';
 COMMENT ON COLUMN postbox.subscription.drain_window IS
-    'When messages are started, by the wall clock of a time zone, such as 22:00-06:00 Europe/Berlin; null: always.';
+    'When messages are started, by the wall clock of a time zone, such as 22:00-06:00 Europe/Berlin, as an operator says; always: no window; null: as the code says.';
+COMMENT ON COLUMN postbox.subscription.rate_limit_in_code IS
+    'What the handlers of the instance that started last say, and what holds where an operator says nothing; null: no limit.';
+COMMENT ON COLUMN postbox.subscription.instance_rate_limit_in_code IS 'The same for each instance.';
+COMMENT ON COLUMN postbox.subscription.drain_window_in_code IS 'The same of the window; null: always.';
 COMMENT ON COLUMN postbox.subscription.last_live_at IS 'When a dispatcher last saw a live consumer of it, to the hour.';
+
+CREATE FUNCTION postbox.pace_in_code(of_subscription integer, rate double precision, instance_rate double precision, daily_window text)
+    RETURNS void
+    LANGUAGE sql VOLATILE AS $$
+    UPDATE postbox.subscription s
+    SET rate_limit_in_code = rate, instance_rate_limit_in_code = instance_rate, drain_window_in_code = daily_window
+    WHERE s.id = of_subscription AND (s.rate_limit_in_code, s.instance_rate_limit_in_code, s.drain_window_in_code)
+        IS DISTINCT FROM (rate, instance_rate, daily_window)
+$$;
+COMMENT ON FUNCTION postbox.pace_in_code IS 'Notes the limits and the window that a subscription''s handlers have in code.';
+
+CREATE FUNCTION postbox.pace(
+    of_subscription integer, OUT paused boolean, OUT rate_limit double precision, OUT instance_rate_limit double precision, OUT drain_window text
+)
+    LANGUAGE sql STABLE AS $$
+    SELECT s.paused, nullif(coalesce(s.rate_limit, s.rate_limit_in_code), 'infinity'),
+        nullif(coalesce(s.instance_rate_limit, s.instance_rate_limit_in_code), 'infinity'),
+        nullif(coalesce(s.drain_window, s.drain_window_in_code), 'always')
+    FROM postbox.subscription s WHERE s.id = of_subscription
+$$;
+COMMENT ON FUNCTION postbox.pace IS 'What holds for a subscription: what an operator says, else what the code says; null: no limit, no window.';
 
 ---------------------------------------------------------------------------------------------------------------- what is retained
 
@@ -477,95 +504,67 @@ CREATE FUNCTION postbox.holders(topics text[], ends bigint[]) RETURNS text
 $$;
 COMMENT ON FUNCTION postbox.holders IS 'Which subscriptions have not passed these ends of these topics.';
 
-CREATE FUNCTION postbox.truncate_checkpoints(of_slot smallint) RETURNS text
+CREATE FUNCTION postbox.truncate_records(of_slot smallint, kind text) RETURNS text
     LANGUAGE plpgsql
     SET lock_timeout = '25ms' SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-    checkpoint text := format('postbox.checkpoint_%s', of_slot);
-    filled     boolean;
+    records text := format('postbox.%I', kind || '_' || of_slot);
+    filled  boolean;
 BEGIN
-    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', checkpoint) INTO filled;
+    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', records) INTO filled;
     IF postbox.slot_in_use(of_slot) OR NOT filled OR NOT postbox.begin_truncation()
-        OR postbox.slot_held_by(ARRAY[checkpoint::regclass]) IS NOT NULL
+        OR postbox.slot_held_by(ARRAY[records::regclass]) IS NOT NULL
     THEN
         RETURN CASE WHEN filled THEN 'busy' ELSE 'empty' END;
     END IF;
-    -- Before the table, as a claim does: no claim is under way, and the next one's look is newer than this.
-    PERFORM FROM postbox.lane l ORDER BY l.subscription_id, l.lane FOR NO KEY UPDATE NOWAIT;
-    EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', checkpoint);
-    -- With the number of the newest: of an owner's checkpoints older ones may be in slots that are truncated later.
-    UPDATE postbox.lane l SET position = n.position, pending = n.pending, checkpoint_id = n.checkpoint_id
-    FROM (
-        SELECT k.subscription_id, k.lane, t.position, t.pending, c.checkpoint_id
-        FROM postbox.lane k CROSS JOIN LATERAL postbox.lane_state(k.subscription_id, k.lane) t
-        CROSS JOIN LATERAL (
-            SELECT max(c.id) AS checkpoint_id FROM postbox.checkpoint c
-            WHERE c.subscription_id = k.subscription_id AND c.consumer_id = k.consumer_id) c
-        WHERE c.checkpoint_id > k.checkpoint_id
-    ) n
-    WHERE l.subscription_id = n.subscription_id AND l.lane = n.lane;
-    EXECUTE format('TRUNCATE ONLY %s', checkpoint);
-    RETURN 'truncated';
-END $$;
-COMMENT ON FUNCTION postbox.truncate_checkpoints IS
-    'Truncates a slot''s checkpoints, after their newest were written to the lanes. Needs no age: only the newest of them says anything.';
+    -- Before the table, as whoever reads them to write does.
+    IF kind IN ('checkpoint', 'settlement') THEN
+        -- No claim is under way, and the next one's look is newer than this.
+        PERFORM FROM postbox.lane l ORDER BY l.subscription_id, l.lane FOR NO KEY UPDATE NOWAIT;
+    ELSIF kind = 'tick' THEN
+        -- Nor is a step.
+        PERFORM pg_advisory_xact_lock(1347571761, 1);
+    END IF;
+    EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', records);
 
-CREATE FUNCTION postbox.truncate_settlements(of_slot smallint) RETURNS text
-    LANGUAGE plpgsql
-    SET lock_timeout = '25ms' SET jit = off AS $$
-#variable_conflict use_column
-DECLARE
-    settlement text := format('postbox.settlement_%s', of_slot);
-    filled     boolean;
-BEGIN
-    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', settlement) INTO filled;
-    IF postbox.slot_in_use(of_slot) OR NOT filled OR NOT postbox.begin_truncation()
-        OR postbox.slot_held_by(ARRAY[settlement::regclass]) IS NOT NULL
-    THEN
-        RETURN CASE WHEN filled THEN 'busy' ELSE 'empty' END;
-    END IF;
-    PERFORM FROM postbox.lane l ORDER BY l.subscription_id, l.lane FOR NO KEY UPDATE NOWAIT;
-    EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', settlement);
-    -- What the next owner of a lane would ask for goes to the current slot.
-    EXECUTE format('INSERT INTO postbox.settlement (subscription_id, lane, "offset")
+    CASE kind
+    WHEN 'checkpoint' THEN
+        -- With the number of the newest: of an owner's checkpoints older ones may be in slots that are truncated later.
+        UPDATE postbox.lane l SET position = n.position, pending = n.pending, checkpoint_id = n.checkpoint_id
+        FROM (
+            SELECT k.subscription_id, k.lane, t.position, t.pending, c.checkpoint_id
+            FROM postbox.lane k CROSS JOIN LATERAL postbox.lane_state(k.subscription_id, k.lane) t
+            CROSS JOIN LATERAL (
+                SELECT max(c.id) AS checkpoint_id FROM postbox.checkpoint c
+                WHERE c.subscription_id = k.subscription_id AND c.consumer_id = k.consumer_id) c
+            WHERE c.checkpoint_id > k.checkpoint_id
+        ) n
+        WHERE l.subscription_id = n.subscription_id AND l.lane = n.lane;
+    WHEN 'settlement' THEN
+        -- What the next owner of a lane would ask for goes to the current slot.
+        INSERT INTO postbox.settlement (subscription_id, lane, "offset")
         SELECT n.subscription_id, n.lane, n."offset"
         FROM postbox.lane l CROSS JOIN LATERAL postbox.lane_state(l.subscription_id, l.lane) t
         CROSS JOIN LATERAL (
-            SELECT s.* FROM %1$s s
-            WHERE s.subscription_id = l.subscription_id AND s.lane = l.lane AND s."offset" >= t.position
+            SELECT s.* FROM postbox.settlement s
+            WHERE s.slot = of_slot AND s.subscription_id = l.subscription_id AND s.lane = l.lane AND s."offset" >= t.position
             UNION
-            SELECT s.* FROM %1$s s
-            WHERE s.subscription_id = l.subscription_id AND s.lane = l.lane AND s."offset" = ANY (t.pending)) n', settlement);
-    EXECUTE format('TRUNCATE ONLY %s', settlement);
+            SELECT s.* FROM postbox.settlement s
+            WHERE s.slot = of_slot AND s.subscription_id = l.subscription_id AND s.lane = l.lane AND s."offset" = ANY (t.pending)) n;
+    WHEN 'tick' THEN
+        INSERT INTO postbox.tick (id, snapshot, at)
+        SELECT n.id, n.snapshot, n.at FROM (SELECT t.* FROM postbox.tick t ORDER BY t.id DESC LIMIT 1) n WHERE n.slot = of_slot;
+    WHEN 'heartbeat' THEN
+        UPDATE postbox.consumer c SET heartbeat_at = n.at, report = n.report
+        FROM (SELECT DISTINCT ON (h.consumer_id) h.* FROM postbox.heartbeat h WHERE h.slot = of_slot ORDER BY h.consumer_id, h.at DESC) n
+        WHERE c.id = n.consumer_id AND c.heartbeat_at < n.at;
+    END CASE;
+    EXECUTE format('TRUNCATE ONLY %s', records);
     RETURN 'truncated';
 END $$;
-COMMENT ON FUNCTION postbox.truncate_settlements IS
-    'Truncates a slot''s settlements, after those that a lane''s next owner needs were copied to the current slot.';
-
-CREATE FUNCTION postbox.truncate_ticks(of_slot smallint) RETURNS text
-    LANGUAGE plpgsql
-    SET lock_timeout = '25ms' SET jit = off AS $$
-#variable_conflict use_column
-DECLARE
-    tick   text := format('postbox.tick_%s', of_slot);
-    filled boolean;
-BEGIN
-    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', tick) INTO filled;
-    IF postbox.slot_in_use(of_slot) OR NOT filled OR NOT postbox.begin_truncation()
-        OR postbox.slot_held_by(ARRAY[tick::regclass]) IS NOT NULL
-    THEN
-        RETURN CASE WHEN filled THEN 'busy' ELSE 'empty' END;
-    END IF;
-    -- No step is under way, and the next one's look is newer than this.
-    PERFORM pg_advisory_xact_lock(1347571761, 1);
-    EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', tick);
-    INSERT INTO postbox.tick (id, snapshot, at)
-    SELECT n.id, n.snapshot, n.at FROM (SELECT t.* FROM postbox.tick t ORDER BY t.id DESC LIMIT 1) n WHERE n.slot = of_slot;
-    EXECUTE format('TRUNCATE ONLY %s', tick);
-    RETURN 'truncated';
-END $$;
-COMMENT ON FUNCTION postbox.truncate_ticks IS 'Truncates a slot''s ticks; the newest of all goes to the current slot.';
+COMMENT ON FUNCTION postbox.truncate_records IS
+    'Truncates a slot''s records of progress (checkpoint, settlement, tick, heartbeat). Needs no age, since only the newest say anything: checkpoints are written to their lanes and heartbeats to their consumers, settlements that a lane''s next owner needs and the newest tick of all go to the current slot.';
 
 CREATE FUNCTION postbox.slots() RETURNS TABLE (
     slot smallint, current boolean, newest_at timestamptz, topics bigint, bytes bigint, overdue boolean, held_by text
@@ -587,7 +586,7 @@ BEGIN
             slot) INTO topics, names, ends, newest_at;
         bytes := pg_total_relation_size(format('postbox.outbox_%s', slot)) + pg_total_relation_size(format('postbox.segment_%s', slot))
             + pg_total_relation_size(format('postbox.tick_%s', slot)) + pg_total_relation_size(format('postbox.checkpoint_%s', slot))
-            + pg_total_relation_size(format('postbox.settlement_%s', slot));
+            + pg_total_relation_size(format('postbox.settlement_%s', slot)) + pg_total_relation_size(format('postbox.heartbeat_%s', slot));
         overdue := coalesce(newest_at <= postbox.clock() - keep, false);
         held_by := CASE WHEN overdue THEN postbox.holders(names, ends) END;
         RETURN NEXT;
@@ -618,8 +617,8 @@ COMMENT ON FUNCTION postbox.held_back IS
 
 CREATE FUNCTION postbox.live_subscriptions() RETURNS TABLE (subscription_id integer)
     LANGUAGE sql STABLE AS $$
-    SELECT DISTINCT s FROM postbox.consumer c CROSS JOIN LATERAL unnest(c.subscriptions) s
-    WHERE c.heartbeat_at + c.lease > clock_timestamp() AND postbox.is_live(c.id)
+    SELECT DISTINCT s FROM postbox.sessions() l JOIN postbox.consumer c ON c.id = l.consumer_id
+    CROSS JOIN LATERAL unnest(c.subscriptions) s WHERE l.in_time
 $$;
 COMMENT ON FUNCTION postbox.live_subscriptions IS 'Subscriptions that a live consumer serves.';
 

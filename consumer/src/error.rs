@@ -94,6 +94,22 @@ pub enum Error {
         /// The handler.
         handler: &'static str,
     },
+    /// A broadcast from memory has no subscription in the database, which says how fast it may go.
+    #[error(
+        "handler {handler} is a broadcast and has a rate or a window: only group handlers and broadcast = \"durable\" can"
+    )]
+    BroadcastPace {
+        /// The handler.
+        handler: &'static str,
+    },
+    /// A window cannot be understood.
+    #[error("window of handler {handler}: {source}")]
+    Window {
+        /// The handler.
+        handler: &'static str,
+        /// Why.
+        source: crate::WindowError,
+    },
     /// An option is outside its range.
     #[error("{option} of handler {handler} is {value}: {range}")]
     OutOfRange {

@@ -42,6 +42,9 @@ pub struct HandlerDefinition {
     pub(crate) order: Option<Order>,
     pub(crate) start: Option<Start>,
     pub(crate) lanes: Option<u16>,
+    pub(crate) rate: Option<f64>,
+    pub(crate) instance_rate: Option<f64>,
+    pub(crate) window: Option<String>,
     pub(crate) timeout: Duration,
     pub(crate) retry: Retry,
     pub(crate) expired: Expired,
@@ -82,6 +85,9 @@ impl HandlerDefinition {
             order: None,
             start: None,
             lanes: None,
+            rate: None,
+            instance_rate: None,
+            window: None,
             timeout: DEFAULT_TIMEOUT,
             retry: Retry::default(),
             expired: Expired::default(),
@@ -162,6 +168,26 @@ impl HandlerDefinition {
     /// Fixed when the group subscribes for the first time.
     pub fn lanes(mut self, lanes: u16) -> Self {
         self.lanes = Some(lanes);
+        self
+    }
+
+    /// Most messages of the group on the topic that all instances together start in a second (default: no limit). All handlers of a group on a
+    /// topic must agree. An operator's limit (`postbox subscriptions limit`) counts before it.
+    pub fn rate(mut self, messages: f64) -> Self {
+        self.rate = Some(messages);
+        self
+    }
+
+    /// As [`rate`](Self::rate), for each instance.
+    pub fn instance_rate(mut self, messages: f64) -> Self {
+        self.instance_rate = Some(messages);
+        self
+    }
+
+    /// When messages are started (default: always), as a [`DailyWindow`](crate::DailyWindow) is written: `22:00-06:00 Europe/Berlin`. All handlers of a
+    /// group on a topic must agree. An operator's window (`postbox subscriptions window`) counts before it.
+    pub fn window(mut self, window: impl Into<String>) -> Self {
+        self.window = Some(window.into());
         self
     }
 

@@ -1,4 +1,4 @@
-//! What operators say of a subscription: whether it is paused, how fast it may go and at which times of the day.
+//! What operators, or else the code, say of a subscription: whether it is paused, how fast it may go and at which times of the day.
 
 use chrono::{DateTime, Utc};
 use serde::Deserialize;
@@ -7,7 +7,7 @@ use tracing::{info, warn};
 use crate::throttle::share;
 use crate::window::DailyWindow;
 
-/// As it is stored with the subscription.
+/// As `postbox.pace` gives it.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub(crate) struct PaceSettings {
     pub(crate) id: i32,

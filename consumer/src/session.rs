@@ -58,6 +58,8 @@ pub(crate) struct Session {
     lease: Arc<Lease>,
     lease_span: Duration,
     heartbeat_at: Instant,
+    /// The number of the last one.
+    heartbeat: Option<i32>,
     services: Vec<Service>,
     dirty: Arc<Dirty>,
     events: mpsc::UnboundedReceiver<Event>,
@@ -92,28 +94,26 @@ const REGISTER: &str = "INSERT INTO postbox.consumer (name, pid, subscriptions, 
 /// Exclusive on the instance's own lock: it is alive. Shared on the bell: it wants to be woken.
 const LOCK: &str = "SELECT pg_advisory_lock(1347571763, $1), pg_advisory_lock_shared(1347571761, 3)";
 
-const HEARTBEAT: &str =
-    "UPDATE postbox.consumer SET heartbeat_at = clock_timestamp(), report = $2 WHERE id = $1";
+/// Finds the subscription or makes it, and notes what the code says of its pace.
+const SUBSCRIBE: &str = "SELECT s.id, s.lanes, s.order_mode FROM postbox.subscribe($1, $2, $3, $4, $5, $6, $7) s, \
+     postbox.pace_in_code(s.id, $8, $9, $10)";
+
+const HEARTBEAT: &str = "SELECT postbox.heartbeat($1, $2, $3)";
 
 /// One statement, so that lanes and members are of one moment.
-const LOOK: &str = "WITH locked AS MATERIALIZED (
-        SELECT l.objid::bigint AS id FROM pg_locks l
-        WHERE l.locktype = 'advisory' AND l.classid = 1347571763 AND l.objsubid = 2 AND l.granted
-            AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-    )
-    SELECT json_build_object(
+const LOOK: &str = "SELECT json_build_object(
         'members', (SELECT coalesce(json_agg(json_build_object('id', c.id, 'subscriptions', c.subscriptions,
-                'expired', c.heartbeat_at + c.lease < clock_timestamp(),
-                'locked', c.id IN (SELECT id FROM locked))), '[]') FROM postbox.consumer c),
+                'locked', s.consumer_id IS NOT NULL, 'expired', NOT coalesce(s.in_time, true))), '[]')
+            FROM postbox.consumer c LEFT JOIN postbox.sessions() s ON s.consumer_id = c.id),
         'lanes', (SELECT coalesce(json_agg(json_build_object('subscription', l.subscription_id, 'lane', l.lane,
                 'epoch', l.epoch, 'owner', l.consumer_id) ORDER BY l.subscription_id, l.lane), '[]')
             FROM postbox.lane l WHERE l.subscription_id = ANY ($1)),
         'heads', (SELECT coalesce(json_object_agg(t, postbox.next_offset(t)), '{}') FROM unnest($2::text[]) t),
         'decided', (SELECT coalesce(json_agg(DISTINCT r.subscription_id), '[]') FROM postbox.redelivery r
             WHERE r.subscription_id = ANY ($1) AND r.state IN ('redriven', 'released')),
-        'paces', (SELECT coalesce(json_agg(json_build_object('id', s.id, 'paused', s.paused, 'rate_limit', s.rate_limit,
-                'instance_rate_limit', s.instance_rate_limit, 'drain_window', s.drain_window)), '[]')
-            FROM postbox.subscription s WHERE s.id = ANY ($1)),
+        'paces', (SELECT coalesce(json_agg(json_build_object('id', s, 'paused', p.paused, 'rate_limit', p.rate_limit,
+                'instance_rate_limit', p.instance_rate_limit, 'drain_window', p.drain_window)), '[]')
+            FROM unnest($1::integer[]) s CROSS JOIN LATERAL postbox.pace(s) p),
         'now', postbox.clock())";
 
 /// Lane, epoch, position, pending, done and crashes, as `postbox.claim` returns them.
@@ -135,8 +135,9 @@ struct Look {
 struct Member {
     id: i32,
     subscriptions: Vec<i32>,
-    expired: bool,
     locked: bool,
+    /// Its lock is held, but it has not been heard of for its lease.
+    expired: bool,
 }
 
 #[derive(Deserialize)]
@@ -168,17 +169,19 @@ impl Session {
                 Kind::Group | Kind::Memory => None,
             };
             let (start, value) = subscription.start.to_sql();
-            let (id, lanes, stored): (i32, i16, String) =
-                sqlx::query_as("SELECT * FROM postbox.subscribe($1, $2, $3, $4, $5, $6, $7)")
-                    .bind(plan.group.as_ref())
-                    .bind(plan.topic.as_ref())
-                    .bind(plan.lanes as i16)
-                    .bind(plan.order.as_str())
-                    .bind(node)
-                    .bind(start)
-                    .bind(value)
-                    .fetch_one(&mut listener)
-                    .await?;
+            let (id, lanes, stored): (i32, i16, String) = sqlx::query_as(SUBSCRIBE)
+                .bind(plan.group.as_ref())
+                .bind(plan.topic.as_ref())
+                .bind(plan.lanes as i16)
+                .bind(plan.order.as_str())
+                .bind(node)
+                .bind(start)
+                .bind(value)
+                .bind(subscription.pace.rate)
+                .bind(subscription.pace.instance_rate)
+                .bind(subscription.pace.window.as_ref().map(ToString::to_string))
+                .fetch_one(&mut listener)
+                .await?;
             if stored != plan.order.as_str() {
                 return Err(Error::OrderChanged {
                     group: plan.group.to_string(),
@@ -247,6 +250,7 @@ impl Session {
             lease,
             lease_span,
             heartbeat_at,
+            heartbeat: None,
             services,
             dirty,
             events,
@@ -345,11 +349,13 @@ impl Session {
             return Ok(());
         }
         let sent = Instant::now();
-        let query = sqlx::query(HEARTBEAT)
+        let query = sqlx::query_scalar(HEARTBEAT)
             .bind(self.id)
             .bind(report(process))
-            .execute(&mut self.listener);
-        if in_time(&self.lease, query).await?.rows_affected() == 0 {
+            .bind(self.heartbeat)
+            .fetch_one(&mut self.listener);
+        self.heartbeat = in_time(&self.lease, query).await?;
+        if self.heartbeat.is_none() {
             return Err(Lost("this instance's registration is gone".to_owned()));
         }
         self.heartbeat_at = sent;

@@ -16,6 +16,7 @@ use crate::progress::Counters;
 use crate::retry::Retry;
 use crate::router::{Handler, Router};
 use crate::state::States;
+use crate::window::DailyWindow;
 
 const DEFAULT_CONCURRENCY: usize = 32;
 const DEFAULT_LANES: u16 = 32;
@@ -29,6 +30,15 @@ pub(crate) struct Subscription {
     pub(crate) plan: Arc<Plan>,
     pub(crate) kind: Kind,
     pub(crate) start: Start,
+    pub(crate) pace: PaceInCode,
+}
+
+/// How fast it may go, where no operator says it.
+#[derive(Debug, Default)]
+pub(crate) struct PaceInCode {
+    pub(crate) rate: Option<f64>,
+    pub(crate) instance_rate: Option<f64>,
+    pub(crate) window: Option<DailyWindow>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,6 +147,24 @@ fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a 
     if let Some(batch) = definition.batch.filter(|batch| !(1..=MAX_BATCH).contains(batch)) {
         return Err(out_of_range("batch", batch.to_string(), "it is 1 to 10,000"));
     }
+    let rates = [
+        ("rate", definition.rate),
+        ("instance_rate", definition.instance_rate),
+    ];
+    for (option, rate) in rates {
+        if let Some(rate) = rate.filter(|rate| !(*rate > 0.0 && *rate < 1e9)) {
+            return Err(out_of_range(
+                option,
+                rate.to_string(),
+                "it is above 0 and below a billion messages a second",
+            ));
+        }
+    }
+    if *audience == Audience::Broadcast
+        && (rates.iter().any(|(_, rate)| rate.is_some()) || definition.window.is_some())
+    {
+        return Err(Error::BroadcastPace { handler });
+    }
     if definition.timeout.is_zero() {
         return Err(out_of_range("timeout", "0".to_owned(), "it is more than zero"));
     }
@@ -173,16 +201,23 @@ impl Family<'_> {
         let lanes = self
             .agreed("lanes", |definition| definition.lanes)?
             .unwrap_or(DEFAULT_LANES);
+        let pace = PaceInCode {
+            rate: self.agreed("rate", |definition| definition.rate)?,
+            instance_rate: self.agreed("instance_rate", |definition| definition.instance_rate)?,
+            window: self.window()?,
+        };
         let one_lane = kind != Kind::Group || order == Order::Topic;
         let mut concurrency = self
             .members
             .iter()
             .filter_map(|definition| definition.concurrency)
             .max()
-            .unwrap_or(match self.members.iter().all(|definition| definition.takes_batches) {
-                true => DEFAULT_BATCHES,
-                false => DEFAULT_CONCURRENCY,
-            });
+            .unwrap_or(
+                match self.members.iter().all(|definition| definition.takes_batches) {
+                    true => DEFAULT_BATCHES,
+                    false => DEFAULT_CONCURRENCY,
+                },
+            );
         let batch = (self.members.iter())
             .filter_map(|definition| definition.batch)
             .max()
@@ -213,7 +248,9 @@ impl Family<'_> {
             lanes: if one_lane { 1 } else { lanes },
             concurrency,
             // A batch fills while the one before it runs.
-            window: (concurrency * 8).max(concurrency * batch * 2).max(settings.window),
+            window: (concurrency * 8)
+                .max(concurrency * batch * 2)
+                .max(settings.window),
             batch,
             router,
             unknown: (settings.unknown_types == UnknownType::Fail).then(|| Arc::new(refuse_unknown())),
@@ -228,7 +265,23 @@ impl Family<'_> {
             plan: Arc::new(plan),
             kind,
             start,
+            pace,
         })
+    }
+
+    fn window(&self) -> Result<Option<DailyWindow>, Error> {
+        let windows = self
+            .members
+            .iter()
+            .map(|definition| {
+                let window = definition.window.as_deref().map(str::parse).transpose();
+                window.map_err(|source| Error::Window {
+                    handler: definition.name,
+                    source,
+                })
+            })
+            .collect::<Result<Vec<Option<DailyWindow>>, _>>()?;
+        self.agreed_on("window", windows.into_iter().flatten())
     }
 
     fn agreed<T: PartialEq>(
@@ -236,7 +289,17 @@ impl Family<'_> {
         option: &'static str,
         of: impl Fn(&HandlerDefinition) -> Option<T>,
     ) -> Result<Option<T>, Error> {
-        let mut said = self.members.iter().filter_map(|definition| of(definition));
+        self.agreed_on(
+            option,
+            self.members.iter().filter_map(|definition| of(definition)),
+        )
+    }
+
+    fn agreed_on<T: PartialEq>(
+        &self,
+        option: &'static str,
+        mut said: impl Iterator<Item = T>,
+    ) -> Result<Option<T>, Error> {
         let first = said.next();
         if said.all(|other| Some(other) == first) {
             return Ok(first);

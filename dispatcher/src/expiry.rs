@@ -12,8 +12,8 @@ const EXPIRE_KEYS: &str = "DELETE FROM postbox.dedup WHERE ctid = ANY (ARRAY( \
      SELECT ctid FROM postbox.dedup WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT 5000 FOR UPDATE SKIP LOCKED))";
 
 /// Kept for a day, so that `postbox status` can show who died.
-const FORGET_CONSUMERS: &str = "DELETE FROM postbox.consumer c \
-     WHERE c.heartbeat_at < clock_timestamp() - interval '1 day' AND NOT postbox.is_live(c.id)";
+const FORGET_CONSUMERS: &str = "DELETE FROM postbox.consumer c WHERE NOT postbox.is_live(c.id) \
+     AND (SELECT r.heartbeat_at FROM postbox.last_report(c.id) r) < clock_timestamp() - interval '1 day'";
 
 pub(crate) async fn run(pool: PgPool) {
     let mut interval = tokio::time::interval(EVERY);

@@ -14,6 +14,8 @@ pub struct Whereabouts {
     pub id: Uuid,
     /// Topic.
     pub topic: String,
+    /// When it is due, if it is one for later that is not yet in the log.
+    pub deliver_at: Option<DateTime<Utc>>,
     /// Its place in the topic; `None`: no dispatcher has given it one yet.
     pub offset: Option<i64>,
     /// Message type, if it has one.
@@ -25,7 +27,7 @@ pub struct Whereabouts {
     pub headers: Option<Value>,
     /// Media type of the payload; `None`: `application/json`.
     pub content_type: Option<String>,
-    /// When it was inserted into the outbox.
+    /// When it was inserted into the outbox; of one for later that is not yet due: when it was scheduled.
     pub published_at: DateTime<Utc>,
     /// Length of its payload.
     pub bytes: i64,
@@ -44,6 +46,7 @@ pub struct GroupState {
     #[sqlx(rename = "group_name")]
     pub group: String,
     /// One of:
+    /// - `scheduled`: it is not yet due;
     /// - `unsequenced`: it has no offset yet;
     /// - `waiting`: it is to be run, or is running;
     /// - `retrying`: it failed, and waits for its next attempt;
@@ -74,7 +77,13 @@ struct Found {
     content_type: Option<String>,
     published_at: DateTime<Utc>,
     bytes: i64,
+    #[sqlx(default)]
+    deliver_at: Option<DateTime<Utc>>,
 }
+
+const FOR_LATER: &str = "SELECT s.topic, NULL::bigint AS \"offset\", s.type AS message_type, s.key, s.headers, s.content_type, \
+         s.scheduled_at AS published_at, octet_length(s.payload)::bigint AS bytes, s.deliver_at \
+     FROM postbox.scheduled s WHERE s.id = $1";
 
 /// A message's id has the time of its making, and its row is inserted within moments; as far apart as this are the clocks of whoever
 /// published it and of the database, and the two ends of a slow transaction's statement. The slots are for the planner: it reads only these.
@@ -102,10 +111,11 @@ const IN_EXCEPTIONS: &str = "SELECT s.topic, e.\"offset\", e.message_type, e.key
          FROM postbox.dead_letter d WHERE d.message_id = $1) e \
      JOIN postbox.subscription s ON s.id = e.subscription_id LIMIT 1";
 
-/// $1 topic, $2 offset, $3 key. Which lane it is in says `lane_of` in the consumer: the hash of the key, or else the offset, modulo
+/// $1 topic, $2 offset, $3 key, $4 when it is due if it is not in the log. Which lane it is in says `lane_of` in the consumer: the hash of the key, or else the offset, modulo
 /// the number of lanes. An exception counts more than the lane's position, since the lane has passed it.
 const GROUPS: &str = "SELECT s.group_name, \
          CASE \
+             WHEN $4::timestamptz IS NOT NULL THEN 'scheduled' \
              WHEN $2::bigint IS NULL THEN 'unsequenced' \
              WHEN d.halted THEN 'halted' \
              WHEN r.state IN ('retry', 'trying') THEN 'retrying' \
@@ -130,30 +140,36 @@ const GROUPS: &str = "SELECT s.group_name, \
      LEFT JOIN postbox.dead_letter d ON d.subscription_id = s.id AND d.\"offset\" = $2 \
      WHERE s.topic = $1 ORDER BY s.group_name";
 
-/// Looks for a message by its id, in the log and among what failed; `None` if it is in neither: never committed, or no longer retained.
+/// Looks for a message by its id, among those for later, in the log and among what failed; `None` if it is nowhere: never committed, cancelled, or no
+/// longer retained.
 pub async fn show(pool: &PgPool, id: Uuid) -> Result<Option<Whereabouts>, postbox::Error> {
-    let in_log = find_in_log(pool, id).await?;
-    let found_in_log = in_log.is_some();
-    let found = match in_log {
-        Some(found) => found,
-        None => match sqlx::query_as(IN_EXCEPTIONS)
-            .bind(id)
-            .fetch_optional(pool)
-            .await?
-        {
-            Some(found) => found,
-            None => return Ok(None),
-        },
+    let look = async |place: &'static str| -> Result<Option<Found>, sqlx::Error> {
+        sqlx::query_as(place).bind(id).fetch_optional(pool).await
+    };
+    // On its way: what is not in the first place any more is in the next.
+    let mut in_log = false;
+    let mut found = look(FOR_LATER).await?;
+    if found.is_none() {
+        found = find_in_log(pool, id).await?;
+        in_log = found.is_some();
+    }
+    if found.is_none() {
+        found = look(IN_EXCEPTIONS).await?;
+    }
+    let Some(found) = found else {
+        return Ok(None);
     };
     let groups = sqlx::query_as(GROUPS)
         .bind(&found.topic)
         .bind(found.offset)
         .bind(&found.key)
+        .bind(found.deliver_at)
         .fetch_all(pool)
         .await?;
     Ok(Some(Whereabouts {
         id,
         topic: found.topic,
+        deliver_at: found.deliver_at,
         offset: found.offset,
         message_type: found.message_type,
         key: found.key,
@@ -161,7 +177,7 @@ pub async fn show(pool: &PgPool, id: Uuid) -> Result<Option<Whereabouts>, postbo
         content_type: found.content_type,
         published_at: found.published_at,
         bytes: found.bytes,
-        in_log: found_in_log,
+        in_log,
         groups,
     }))
 }

@@ -6,8 +6,10 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use sqlx::postgres::PgArguments;
 use sqlx::postgres::types::PgInterval;
-use sqlx::{Connection, FromRow, PgConnection, PgPool};
+use sqlx::query::Query;
+use sqlx::{Connection, FromRow, PgConnection, PgPool, Postgres};
 use tracing::{info, warn};
 
 /// The pause between two turns: a slot is truncated in thousands of them.
@@ -22,13 +24,14 @@ const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 const TRUNCATE_LOG: &str =
     "SELECT $1 AS slot, outcome, messages, bytes, detail FROM postbox.truncate_log($1)";
 
-/// Each alone: none depends on another.
-const TRUNCATE_REST: [&str; 4] = [
-    "SELECT postbox.copy_parked($1)",
-    "SELECT postbox.truncate_checkpoints($1)",
-    "SELECT postbox.truncate_settlements($1)",
-    "SELECT postbox.truncate_ticks($1)",
-];
+const TRUNCATE_RECORDS: &str = "SELECT postbox.truncate_records($1, $2)";
+/// So that what a key has parked holds no slot for as long as the key waits.
+const COPY_PARKED: &str = "SELECT postbox.copy_parked($1)";
+
+/// Which slots hold any records, and of which kind: about the others the database need not be asked.
+const FILLED: &str = "SELECT s.slot::smallint, k.kind FROM generate_series(0, 7) AS s (slot) \
+     CROSS JOIN unnest('{checkpoint,heartbeat,segment,settlement,tick}'::text[]) AS k (kind) \
+     WHERE pg_relation_size(format('postbox.%s_%s', k.kind, s.slot)::regclass) > 0 ORDER BY s.slot";
 
 const SLOT_SECONDS: &str = "SELECT extract(epoch FROM keep)::float8 / 6 FROM postbox.retention";
 
@@ -84,10 +87,16 @@ pub struct SlotTurn {
 pub async fn turn(pool: &PgPool) -> Result<Turn, postbox::Error> {
     let mut connection = pool.acquire().await?;
     let mut turn = Turn::default();
+    let filled: Vec<(i16, String)> = sqlx::query_as(FILLED).fetch_all(&mut *connection).await?;
+    // Each alone: none depends on another.
+    for (slot, kind) in filled {
+        let records = match kind.as_str() {
+            "segment" => sqlx::query(COPY_PARKED).bind(slot),
+            _ => sqlx::query(TRUNCATE_RECORDS).bind(slot).bind(kind),
+        };
+        unless_busy(&mut connection, records).await?;
+    }
     for slot in 0..SLOTS {
-        for truncate in TRUNCATE_REST {
-            rest(&mut connection, truncate, slot).await?;
-        }
         let log = log(&mut connection, slot).await?;
         if log.outcome == "truncated" {
             info!(
@@ -133,9 +142,12 @@ async fn log(connection: &mut PgConnection, slot: i16) -> Result<SlotTurn, sqlx:
     }
 }
 
-async fn rest(connection: &mut PgConnection, truncate: &'static str, slot: i16) -> Result<(), sqlx::Error> {
+async fn unless_busy(
+    connection: &mut PgConnection,
+    statement: Query<'_, Postgres, PgArguments>,
+) -> Result<(), sqlx::Error> {
     let mut tx = connection.begin_with(BEGIN).await?;
-    match sqlx::query(truncate).bind(slot).execute(&mut *tx).await {
+    match statement.execute(&mut *tx).await {
         Ok(_) => tx.commit().await,
         Err(error) if is_busy(&error) => tx.rollback().await,
         Err(error) => Err(error),

@@ -96,7 +96,7 @@ pub struct SubscriptionStatus {
     pub held_since: Option<DateTime<Utc>>,
     /// Whether no message is started.
     pub paused: bool,
-    /// Most messages started a second by all instances together.
+    /// Most messages started a second by all instances together, as an operator or else the code says.
     pub rate_limit: Option<f64>,
     /// Most messages started a second by each instance.
     pub instance_rate_limit: Option<f64>,
@@ -146,16 +146,17 @@ const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes
          b.position, b.next_offset, b.next_offset - b.position AS lag, b.messages AS backlog, b.exact AS backlog_exact, b.oldest_at, \
          s.id IN (SELECT * FROM postbox.live_subscriptions()) AS live, s.last_live_at, \
          coalesce(h.messages, 0) AS held_messages, coalesce(h.bytes, 0) AS held_bytes, h.since AS held_since, \
-         s.paused, s.rate_limit, s.instance_rate_limit, s.drain_window, \
+         p.paused, p.rate_limit, p.instance_rate_limit, p.drain_window, \
          r.retrying, r.parked + postbox.parked(s.id) AS parked, r.halted, \
          (SELECT count(*) FROM postbox.dead_letter d WHERE d.subscription_id = s.id) AS dead, \
-         (SELECT b.breaker FROM postbox.consumer c \
-             CROSS JOIN jsonb_array_elements(CASE jsonb_typeof(c.report) WHEN 'array' THEN c.report ELSE '[]' END) AS e (entry) \
+         (SELECT b.breaker FROM postbox.consumer c CROSS JOIN LATERAL postbox.last_report(c.id) said \
+             CROSS JOIN jsonb_array_elements(CASE jsonb_typeof(said.report) WHEN 'array' THEN said.report ELSE '[]' END) AS e (entry) \
              CROSS JOIN LATERAL (SELECT e.entry ->> 'breaker' AS breaker) b \
              WHERE s.id = ANY (c.subscriptions) AND e.entry ->> 'group' = s.group_name AND e.entry ->> 'topic' = s.topic \
                  AND b.breaker IS NOT NULL AND postbox.is_live(c.id) \
              ORDER BY array_position(ARRAY['open', 'full', 'closed'], b.breaker) LIMIT 1) AS breaker \
      FROM postbox.subscription s \
+     CROSS JOIN LATERAL postbox.pace(s.id) p \
      CROSS JOIN LATERAL postbox.backlog(s.id) b \
      CROSS JOIN LATERAL ( \
          SELECT count(*) FILTER (WHERE r.state IN ('retry', 'trying', 'redriven')) AS retrying, \
@@ -165,10 +166,10 @@ const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes
          CASE WHEN b.oldest_at <= postbox.clock() - (SELECT r.keep FROM postbox.retention r) THEN s.id END) h \
      ORDER BY s.group_name, s.topic";
 
-const CONSUMERS: &str = "SELECT c.id, c.name, c.pid, \
-         postbox.is_live(c.id) AND c.heartbeat_at + c.lease > clock_timestamp() AS live, \
-         (SELECT count(*) FROM postbox.lane l WHERE l.consumer_id = c.id) AS lanes, c.started_at, c.heartbeat_at, c.report \
-     FROM postbox.consumer c ORDER BY c.id DESC";
+const CONSUMERS: &str = "SELECT c.id, c.name, c.pid, coalesce(s.in_time, false) AS live, \
+         (SELECT count(*) FROM postbox.lane l WHERE l.consumer_id = c.id) AS lanes, c.started_at, r.heartbeat_at, r.report \
+     FROM postbox.consumer c LEFT JOIN postbox.sessions() s ON s.consumer_id = c.id CROSS JOIN LATERAL postbox.last_report(c.id) r \
+     ORDER BY c.id DESC";
 
 const DISPATCHERS: &str = "SELECT count(*) FROM pg_stat_activity \
      WHERE application_name = 'postbox dispatcher' AND datname = current_database()";

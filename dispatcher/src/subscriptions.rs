@@ -65,18 +65,51 @@ impl FromStr for Position {
     }
 }
 
+/// What an operator says of a limit or a window; it counts before what the handlers say in code.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Override<T> {
+    /// Nothing: what the code says holds, which is no limit and no window unless a handler has one.
+    Default,
+    /// No limit or window, whatever the code says.
+    Off,
+    /// This one.
+    To(T),
+}
+
+impl<T> Override<T> {
+    /// As it is stored.
+    fn to_sql(&self, off: T) -> Option<T>
+    where
+        T: Clone,
+    {
+        match self {
+            Override::Default => None,
+            Override::Off => Some(off),
+            Override::To(value) => Some(value.clone()),
+        }
+    }
+
+    fn map<U>(&self, change: impl Fn(&T) -> U) -> Override<U> {
+        match self {
+            Override::Default => Override::Default,
+            Override::Off => Override::Off,
+            Override::To(value) => Override::To(change(value)),
+        }
+    }
+}
+
 /// A setting of subscriptions.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Change {
     /// Whether no message is started.
     Paused(bool),
-    /// Most messages started a second by all instances together; `None`: no limit.
-    RateLimit(Option<f64>),
-    /// Most messages started a second by each instance; `None`: no limit.
-    InstanceRateLimit(Option<f64>),
-    /// When messages are started; `None`: always.
-    DrainWindow(Option<DailyWindow>),
+    /// Most messages started a second by all instances together.
+    RateLimit(Override<f64>),
+    /// Most messages started a second by each instance.
+    InstanceRateLimit(Override<f64>),
+    /// When messages are started.
+    DrainWindow(Override<DailyWindow>),
 }
 
 const PAUSED: &str =
@@ -101,15 +134,18 @@ pub async fn change(
     let mut tx = pool.begin().await?;
     let query = match change {
         Change::Paused(paused) => sqlx::query(PAUSED).bind(group).bind(topic).bind(*paused),
-        Change::RateLimit(rate) => sqlx::query(RATE_LIMIT).bind(group).bind(topic).bind(*rate),
+        Change::RateLimit(rate) => sqlx::query(RATE_LIMIT)
+            .bind(group)
+            .bind(topic)
+            .bind(rate.to_sql(f64::INFINITY)),
         Change::InstanceRateLimit(rate) => sqlx::query(INSTANCE_RATE_LIMIT)
             .bind(group)
             .bind(topic)
-            .bind(*rate),
+            .bind(rate.to_sql(f64::INFINITY)),
         Change::DrainWindow(window) => sqlx::query(DRAIN_WINDOW)
             .bind(group)
             .bind(topic)
-            .bind(window.as_ref().map(DailyWindow::to_string)),
+            .bind(window.map(DailyWindow::to_string).to_sql("always".to_owned())),
     };
     let changed = query.execute(&mut *tx).await?.rows_affected();
     sqlx::query(TELL).execute(&mut *tx).await?;

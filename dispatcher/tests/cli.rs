@@ -809,6 +809,236 @@ async fn a_newer_schema_is_refused_by_every_command() {
     }
 }
 
+// ----------------------------------------------------------------------------------------------- postbox scheduled, postbox cron
+
+#[tokio::test]
+async fn a_message_for_later_is_listed_shown_moved_and_cancelled() {
+    let db = TestDatabase::new().await.unwrap();
+    sqlx::query("SELECT postbox.subscribe('mail', 'reminders', 4::smallint, 'key', NULL, 'earliest', NULL)")
+        .execute(db.pool())
+        .await
+        .unwrap();
+    let publish = |delay: &str| {
+        let arguments = [
+            "publish",
+            "reminders",
+            "--payload",
+            "{}",
+            "--key",
+            "7",
+            "--delay",
+            delay,
+        ];
+        succeed(run(&db, &arguments)).trim().to_owned()
+    };
+    let list = || {
+        json_lines(&succeed(run(
+            &db,
+            &["scheduled", "list", "--json", "--topic", "reminders"],
+        )))
+    };
+    let show = |id: &str| -> Value {
+        serde_json::from_str(&succeed(run(&db, &["messages", "show", id, "--json"]))).unwrap()
+    };
+    let (later, soon) = (publish("2h"), publish("1h"));
+    let listed = list();
+    let ids: Vec<_> = listed
+        .iter()
+        .map(|message| message["id"].as_str().unwrap())
+        .collect();
+    assert_eq!(ids, [&soon, &later], "the next first");
+    let others = run(&db, &["scheduled", "list", "--json", "--topic", "others"]);
+    assert_eq!(succeed(others), "");
+    let table = succeed(run(&db, &["scheduled", "list"]));
+    assert!(table.contains(&soon) && table.contains("reminders"), "{table}");
+
+    let shown = show(&soon);
+    assert_eq!(shown["deliver_at"], listed[0]["deliver_at"]);
+    assert_eq!(
+        (&shown["offset"], &shown["in_log"], &shown["key"]),
+        (&Value::Null, &json!(false), &json!("7"))
+    );
+    assert_eq!(
+        (&shown["groups"][0]["group"], &shown["groups"][0]["state"]),
+        (&json!("mail"), &json!("scheduled"))
+    );
+    let human = succeed(run(&db, &["messages", "show", &soon]));
+    assert!(
+        human.contains("none yet: it is due at") && human.contains("scheduled"),
+        "{human}"
+    );
+
+    // Moved behind the other one, and then into the past, where a dispatcher finds it.
+    succeed(run(&db, &["scheduled", "reschedule", &soon, "--delay", "3h"]));
+    assert_eq!(list()[0]["id"], json!(later));
+    refuse_usage(run(&db, &["scheduled", "reschedule", &soon]));
+    refuse_usage(run(&db, &["scheduled", "reschedule", &soon, "--at", "tomorrow"]));
+    let moved = succeed(run(
+        &db,
+        &["scheduled", "reschedule", &soon, "--at", "2020-01-01T00:00:00Z"],
+    ));
+    assert_eq!(moved, format!("rescheduled {soon} to 2020-01-01T00:00:00Z\n"));
+    let dispatching = dispatcher(&db).await;
+    eventually(PATIENCE, async || {
+        let shown = show(&soon);
+        if shown["offset"] == json!(0) {
+            Ok(())
+        } else {
+            Err(shown)
+        }
+    })
+    .await;
+    let shown = show(&soon);
+    assert_eq!(
+        (&shown["deliver_at"], &shown["in_log"]),
+        (&Value::Null, &json!(true))
+    );
+    assert_eq!(shown["groups"][0]["state"], "waiting");
+    drop(dispatching);
+
+    let arguments = ["scheduled", "cancel", &later, &soon];
+    let output = run(&db, &arguments);
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains(&format!("message {soon} is not pending")),
+        "{output:?}"
+    );
+    assert_eq!(succeed(output), format!("cancelled {later}\n"));
+    assert!(list().is_empty());
+    let gone = run(&db, &arguments);
+    assert_eq!(gone.status.code(), Some(1), "{gone:?}");
+    assert!(
+        String::from_utf8_lossy(&gone.stderr).ends_with("error: nothing was cancelled\n"),
+        "{gone:?}"
+    );
+    fail(run(&db, &["scheduled", "reschedule", &later, "--delay", "1h"]));
+    let error = fail(run(&db, &["messages", "show", &later]));
+    assert!(error.contains("it was cancelled"), "{error}");
+}
+
+#[tokio::test]
+async fn a_schedule_is_added_listed_paused_and_removed() {
+    let db = TestDatabase::new().await.unwrap();
+    let add = |name: &str, schedule: &str, more: &[&str]| {
+        run(&db, &[&["cron", "add", name, schedule, "reports"], more].concat())
+    };
+    let list = || json_lines(&succeed(run(&db, &["cron", "list", "--json"])));
+    let next = succeed(add(
+        "nightly",
+        "0 3 * * *",
+        &[
+            "--tz",
+            "Europe/Berlin",
+            "--payload",
+            r#"{"kind": "nightly"}"#,
+            "--missed",
+            "all",
+        ],
+    ));
+    let listed = list();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(
+        (
+            &listed[0]["name"],
+            &listed[0]["time_zone"],
+            &listed[0]["missed"],
+            &listed[0]["paused"]
+        ),
+        (
+            &json!("nightly"),
+            &json!("Europe/Berlin"),
+            &json!("all"),
+            &json!(false)
+        )
+    );
+    // The same in every form.
+    let upcoming = ["cron", "next", "nightly", "-n", "3", "--json"];
+    let due: Vec<String> = serde_json::from_str(&succeed(run(&db, &upcoming))).unwrap();
+    assert_eq!((due.len(), format!("{}\n", due[0])), (3, next));
+    let by_expression = [
+        "cron",
+        "next",
+        "--schedule",
+        "0 3 * * *",
+        "--tz",
+        "Europe/Berlin",
+        "-n",
+        "3",
+        "--json",
+    ];
+    assert_eq!(
+        serde_json::from_str::<Vec<String>>(&succeed(run(&db, &by_expression))).unwrap(),
+        due
+    );
+    let human = succeed(run(&db, &["cron", "next", "nightly", "-n", "1"]));
+    assert!(human.contains(&due[0]) && human.contains("03:00"), "{human}");
+
+    assert_eq!(
+        succeed(run(&db, &["cron", "pause", "nightly"])),
+        "paused nightly\n"
+    );
+    assert_eq!(list()[0]["paused"], true);
+    assert!(succeed(run(&db, &["cron", "list"])).contains("paused"));
+    assert_eq!(
+        succeed(run(&db, &["cron", "resume", "nightly"])),
+        "resumed nightly\n"
+    );
+    assert_eq!(list()[0]["paused"], false);
+
+    // One of the same name is changed, not doubled.
+    succeed(add("nightly", "@hourly", &[]));
+    assert_eq!((list().len(), &list()[0]["schedule"]), (1, &json!("@hourly")));
+    for wrong in [
+        add("wrong", "0 25 * * *", &[]),
+        add("wrong", "0 3 * *", &[]),
+        add("wrong", "@daily", &["--tz", "Europe/Berlyn"]),
+        add("wrong", "@daily", &["--payload", "{"]),
+        add("wrong", "@daily", &["--missed", "never"]),
+        run(&db, &["cron", "next"]),
+    ] {
+        refuse_usage(wrong);
+    }
+    let preview = run(&db, &["cron", "remove", "nightly"]);
+    assert_eq!(preview.status.code(), Some(3), "{preview:?}");
+    assert_eq!(list().len(), 1);
+    assert_eq!(
+        succeed(run(&db, &["cron", "remove", "nightly", "--yes"])),
+        "removed nightly\n"
+    );
+    assert!(list().is_empty());
+    for command in ["pause", "resume", "next"] {
+        let error = fail(run(&db, &["cron", command, "nightly"]));
+        assert!(error.contains("there is no schedule \"nightly\""), "{error}");
+    }
+    fail(run(&db, &["cron", "remove", "nightly", "--yes"]));
+}
+
+#[tokio::test]
+async fn a_schedule_fires_where_a_dispatcher_runs() {
+    let db = TestDatabase::new().await.unwrap();
+    let _dispatching = dispatcher(&db).await;
+    succeed(run(
+        &db,
+        &[
+            "cron",
+            "add",
+            "every-second",
+            "* * * * * *",
+            "ticks",
+            "--payload",
+            r#""tick""#,
+        ],
+    ));
+    let arguments = ["consume", "ticks", "--group", "listeners", "--json", "--max", "2"];
+    for line in json_lines(&succeed(run(&db, &arguments))) {
+        assert_eq!(
+            (&line["payload"], &line["headers"]["postbox-cron"]),
+            (&json!("tick"), &json!("every-second")),
+            "{line}"
+        );
+        assert!(line["headers"]["postbox-scheduled-at"].is_string(), "{line}");
+    }
+}
+
 // -------------------------------------------------------------------------------------------------------------- postbox bench
 
 #[tokio::test]
@@ -904,4 +1134,42 @@ async fn only_one_bench_runs_at_a_time() {
         .unwrap();
     let error = fail(run(&db, &["bench", "publish", "--json", "--seconds", "1"]));
     assert!(error.contains("another `postbox bench`"), "{error}");
+}
+
+#[tokio::test]
+async fn bench_timers_counts_every_message_and_none_is_early() {
+    let db = TestDatabase::new().await.unwrap();
+    let arguments = [
+        "bench",
+        "timers",
+        "--json",
+        "--seconds",
+        "1",
+        "--rate",
+        "200",
+        "--burst",
+        "3000",
+    ];
+    let lines = json_lines(&succeed(run(&db, &arguments)));
+    let [figures] = lines.as_slice() else {
+        panic!("one object: {lines:?}");
+    };
+    assert_eq!(
+        (&figures["verified"], &figures["early"]),
+        (&json!(true), &json!(0))
+    );
+    assert_eq!(
+        (&figures["messages"], &figures["burst_messages"]),
+        (&json!(200), &json!(3000))
+    );
+    for name in [
+        "p50_ms",
+        "p99_ms",
+        "max_ms",
+        "burst_seconds",
+        "immediate_p99_ms",
+        "immediate_before_p99_ms",
+    ] {
+        assert!(figures[name].as_f64() > Some(0.0), "{name}: {figures}");
+    }
 }

@@ -90,6 +90,29 @@ pub(crate) fn interval(option: &Ident, example: &str, input: ParseStream<'_>) ->
     Interval::from_literal(&string(option, example, input)?)
 }
 
+/// The messages a second in `= 200` or `= 0.5`, or an expression that gives a number, such as a constant; as an `f64`.
+pub(crate) fn rate(option: &Ident, input: ParseStream<'_>) -> syn::Result<Expr> {
+    let mend = || format!("`{option}` takes a number of messages a second above 0: {option} = 200");
+    let expression = value(option, mend, input)?;
+    let is_rate = match &expression {
+        Expr::Lit(ExprLit {
+            lit: Lit::Int(number),
+            ..
+        }) => number.base10_parse::<u32>().is_ok_and(|n| n > 0),
+        Expr::Lit(ExprLit {
+            lit: Lit::Float(number),
+            ..
+        }) => number.base10_parse::<f64>().is_ok_and(|n| n > 0.0),
+        Expr::Lit(_) | Expr::Unary(_) => false,
+        _ => true,
+    };
+    if is_rate {
+        Ok(syn::parse_quote!(::core::primitive::f64::from(#expression)))
+    } else {
+        Err(syn::Error::new_spanned(expression, mend()))
+    }
+}
+
 /// The number in `= 8`, or an expression that gives one, such as a constant.
 pub(crate) fn count(option: &Ident, input: ParseStream<'_>) -> syn::Result<Expr> {
     let mend = || format!("`{option}` takes a number from 1 up: {option} = 8");

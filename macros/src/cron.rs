@@ -38,6 +38,7 @@ impl Options {
         let schedule: LitStr = input
             .parse()
             .map_err(|error| syn::Error::new(error.span(), mend))?;
+        check_schedule(&schedule)?;
         if !input.is_empty() {
             input.parse::<Token![,]>()?;
         }
@@ -45,7 +46,11 @@ impl Options {
         let (mut missed, mut timeout, mut retry) = (None, None, None);
         attribute::read_options(input, "#[cron]", KNOWN, |option, known, input| {
             match known {
-                "tz" => time_zone = Some(attribute::string(option, "Europe/Berlin", input)?),
+                "tz" => {
+                    let zone = attribute::string(option, "Europe/Berlin", input)?;
+                    check_zone(&zone)?;
+                    time_zone = Some(zone);
+                }
                 "name" => name = Some(attribute::name(option, "billing/daily-report", input)?),
                 "group" => group = Some(attribute::name(option, "reports", input)?),
                 "missed" => {
@@ -71,6 +76,40 @@ impl Options {
             retry,
         })
     }
+}
+
+/// The form alone; what the fields say is read when the consumer starts.
+fn check_schedule(schedule: &LitStr) -> syn::Result<()> {
+    let text = schedule.value();
+    let is_macro = [
+        "@hourly",
+        "@daily",
+        "@midnight",
+        "@weekly",
+        "@monthly",
+        "@yearly",
+        "@annually",
+    ]
+    .contains(&text.trim());
+    if is_macro || matches!(text.split_whitespace().count(), 5 | 6) {
+        return Ok(());
+    }
+    let message = format!(
+        "{text:?} is no schedule: write five fields (minute, hour, day of the month, month, day of the week), six with the \
+         second first, or one of @hourly, @daily, @weekly, @monthly, @yearly"
+    );
+    Err(syn::Error::new(schedule.span(), message))
+}
+
+/// The form alone, too.
+fn check_zone(zone: &LitStr) -> syn::Result<()> {
+    let text = zone.value();
+    let is_in_name = |c: char| c.is_ascii_alphanumeric() || "_+-/".contains(c);
+    if !text.is_empty() && text.chars().all(is_in_name) {
+        return Ok(());
+    }
+    let message = format!("{text:?} is no time zone: use an IANA name such as Europe/Berlin or UTC");
+    Err(syn::Error::new(zone.span(), message))
 }
 
 /// The expression that makes the `HandlerDefinition`. The package's name is that of the crate the function is in.
@@ -136,6 +175,9 @@ mod tests {
         for (options, says) in [
             (quote!(), "give the schedule first"),
             (quote!(tz = "UTC"), "give the schedule first"),
+            (quote!("0 6 * *"), "is no schedule"),
+            (quote!("@dayly"), "is no schedule"),
+            (quote!("@daily", tz = "Berlin time"), "is no time zone"),
             (quote!("@daily", zone = "UTC"), "unknown option `zone`"),
             (quote!("@daily", missed = "never"), "no `missed`"),
             (quote!("@daily", name = "a b"), "1 to 255 characters"),

@@ -27,6 +27,9 @@ const KNOWN: &[&str] = &[
     "order",
     "start",
     "lanes",
+    "rate",
+    "instance_rate",
+    "window",
     "timeout",
     "retry",
     "expired",
@@ -141,6 +144,9 @@ struct Options {
     order: Option<TokenStream>,
     start: Option<TokenStream>,
     lanes: Option<Expr>,
+    rate: Option<Expr>,
+    instance_rate: Option<Expr>,
+    window: Option<LitStr>,
     timeout: Option<Interval>,
     retry: Option<Retry>,
     expired: Option<TokenStream>,
@@ -153,6 +159,7 @@ impl Options {
         let (mut topic, mut types) = (None, Vec::new());
         let (mut concurrency, mut lanes, mut timeout, mut retry) = (None, None, None, None);
         let (mut batch, mut batch_wait) = (None, None);
+        let (mut rate, mut instance_rate, mut window, mut pace) = (None, None, None, None);
         let (mut order, mut start, mut expired, mut on_dead_letter) = (None, None, None, None);
         attribute::read_options(input, "#[handler]", KNOWN, |option, name, input| {
             match name {
@@ -166,7 +173,9 @@ impl Options {
                 "types" => types = read_types(option, input)?,
                 "concurrency" => concurrency = Some(attribute::count(option, input)?),
                 "batch" => batch = Some((attribute::count(option, input)?, option.span())),
-                "batch_wait" => batch_wait = Some((attribute::interval(option, "20ms", input)?, option.span())),
+                "batch_wait" => {
+                    batch_wait = Some((attribute::interval(option, "20ms", input)?, option.span()))
+                }
                 "order" => {
                     let choices = [
                         ("key", quote!(Order::Key)),
@@ -190,6 +199,18 @@ impl Options {
                     start = Some(attribute::choice(option, &choices, input)?);
                 }
                 "lanes" => lanes = Some(attribute::count(option, input)?),
+                "rate" | "instance_rate" => {
+                    let messages = Some(attribute::rate(option, input)?);
+                    match name {
+                        "rate" => rate = messages,
+                        _ => instance_rate = messages,
+                    }
+                    pace = Some(option.clone());
+                }
+                "window" => {
+                    window = Some(attribute::string(option, "22:00-06:00 Europe/Berlin", input)?);
+                    pace = Some(option.clone());
+                }
                 "timeout" => timeout = Some(attribute::interval(option, "20s", input)?),
                 "on_dead_letter" => on_dead_letter = Some((read_function(option, input)?, option.span())),
                 _ => retry = Some(Retry::read(option, input)?),
@@ -215,6 +236,12 @@ impl Options {
                            broadcast = \"durable\"";
             return Err(syn::Error::new(*span, message));
         }
+        if let (Audience::Broadcast, Some(option)) = (&audience, &pace) {
+            let message = format!(
+                "a broadcast from memory goes as fast as it can: `{option}` goes with group = \"…\" or broadcast = \"durable\""
+            );
+            return Err(syn::Error::new(option.span(), message));
+        }
         Ok(Self {
             audience,
             topic,
@@ -225,6 +252,9 @@ impl Options {
             order,
             start,
             lanes,
+            rate,
+            instance_rate,
+            window,
             timeout,
             retry,
             expired,
@@ -285,6 +315,9 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
         order,
         start,
         lanes,
+        rate,
+        instance_rate,
+        window,
         timeout,
         retry,
         expired,
@@ -298,16 +331,21 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
     let order = order.iter();
     let start = start.iter();
     let lanes = lanes.iter();
+    let rate = rate.iter();
+    let instance_rate = instance_rate.iter();
+    let window = window.iter();
     let timeout = timeout.map(Interval::expression).into_iter();
     let retry = retry.as_ref().map(Retry::expression).into_iter();
     let expired = expired.iter();
     let on_dead_letter = on_dead_letter.iter().map(letter_call);
     let call = call(signature, arguments);
     let has_batch = options.batch.is_some();
-    let declared = arguments.iter().map(|argument| match has_batch && !is_batch(argument) {
-        true => quote_spanned!(argument.span()=> .argument_beside_batch::<#argument>()),
-        false => quote!(.argument::<#argument>()),
-    });
+    let declared = arguments
+        .iter()
+        .map(|argument| match has_batch && !is_batch(argument) {
+            true => quote_spanned!(argument.span()=> .argument_beside_batch::<#argument>()),
+            false => quote!(.argument::<#argument>()),
+        });
     quote! {
         ::postbox_consumer::HandlerDefinition::new(::core::concat!(::core::module_path!(), "::", #name))
             .#audience
@@ -319,6 +357,9 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
             #(.order(::postbox_consumer::#order))*
             #(.start(::postbox_consumer::#start))*
             #(.lanes(#lanes))*
+            #(.rate(#rate))*
+            #(.instance_rate(#instance_rate))*
+            #(.window(#window))*
             #(.timeout(#timeout))*
             #(.retry(#retry))*
             #(.expired(::postbox_consumer::#expired))*
@@ -340,7 +381,8 @@ fn check_batch(options: &Options, arguments: &[&Type]) -> syn::Result<()> {
     let mut batches = arguments.iter().filter(|argument| is_batch(argument));
     match (&options.batch, &options.batch_wait, batches.next()) {
         (Some((_, span)), _, None) => {
-            let message = "`batch` is for a handler that takes many messages at once: take them as `Batch<…>`";
+            let message =
+                "`batch` is for a handler that takes many messages at once: take them as `Batch<…>`";
             Err(syn::Error::new(*span, message))
         }
         (None, _, Some(argument)) => {
@@ -454,7 +496,7 @@ mod tests {
         let expansion = expansion(
             quote! {
                 group = "inventory", topic = "orders", types = ["a", "b"], concurrency = 64, order = "topic",
-                start = "latest", lanes = LANES, timeout = "20s",
+                start = "latest", lanes = LANES, rate = 200, instance_rate = 0.5, window = "22:00-06:00 UTC", timeout = "20s",
                 retry(backoff = "linear(1s, 1m)", exhausted = "halt", max_attempts = 8, max_age = "1d"),
                 on_dead_letter = support::tell,
             },
@@ -472,6 +514,9 @@ mod tests {
                 .order(::postbox_consumer::Order::Topic)
                 .start(::postbox_consumer::Start::Latest)
                 .lanes(LANES)
+                .rate(::core::primitive::f64::from(200))
+                .instance_rate(::core::primitive::f64::from(0.5))
+                .window("22:00-06:00 UTC")
                 .timeout(::core::time::Duration::from_millis(20000u64))
                 .retry(
                     ::postbox_consumer::Retry::linear(

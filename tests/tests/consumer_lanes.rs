@@ -298,8 +298,8 @@ async fn lanes_are_taken_a_second_after_the_lock_went_or_when_the_lease_ended_an
         Some(locked),
         "who holds its lock and has a lease is alive"
     );
-    // Frozen, or its host is gone: the server does not know, and holds the lock for it.
-    sqlx::query("UPDATE postbox.consumer SET heartbeat_at = heartbeat_at - interval '2 hours' WHERE id = $1")
+    // Frozen, or its host is gone: the server does not know, and holds the lock for it. Its heartbeats count from its start.
+    sqlx::query("UPDATE postbox.consumer SET started_at = started_at - interval '2 hours' WHERE id = $1")
         .bind(locked)
         .execute(stage.bench.db.pool())
         .await

@@ -5,10 +5,18 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use postbox_consumer::{State, handler, handlers};
-use postbox_dispatcher::subscriptions::{self, Change};
+use postbox_consumer::{HandlerDefinition, State, handler, handlers};
+use postbox_dispatcher::subscriptions::{self, Change, Override};
 use postbox_testkit::eventually;
 use support::{Bench, History, PATIENCE, Step, bench, publish_steps, settled, step, steps};
+
+#[handler(group = "coded", rate = 400, instance_rate = 300.5, window = "00:00-24:00")]
+async fn handle_as_coded(step: Step, State(history): State<History>) {
+    history.note(&step, Instant::now());
+}
+
+#[handler(group = "coded", topic = "steps", type = "other", window = "00:00-23:00")]
+async fn disagree() {}
 
 #[handler(group = "paced", concurrency = 64)]
 async fn handle(step: Step, State(history): State<History>) {
@@ -41,7 +49,7 @@ async fn a_pause_stops_within_a_second_and_a_resume_goes_on() {
         .start()
         .await
         .unwrap();
-    change(&bench, Change::RateLimit(Some(500.0))).await;
+    change(&bench, Change::RateLimit(Override::To(500.0))).await;
     publish_steps(&bench.pool(), &steps(50, 60)).await;
     history.has(100).await;
     change(&bench, Change::Paused(true)).await;
@@ -62,7 +70,7 @@ async fn a_pause_stops_within_a_second_and_a_resume_goes_on() {
         status[0].paused && status[0].backlog == 3_000 - then as i64,
         "{status:?}"
     );
-    change(&bench, Change::RateLimit(None)).await;
+    change(&bench, Change::RateLimit(Override::Default)).await;
     change(&bench, Change::Paused(false)).await;
     history.has(3_000).await;
     history.assert_in_order_and_alone(50, 60);
@@ -114,7 +122,7 @@ async fn a_group_limit_holds_over_two_instances_and_an_instance_limit_for_each()
         .await
         .unwrap();
     change(&bench, Change::Paused(true)).await;
-    change(&bench, Change::RateLimit(Some(800.0))).await;
+    change(&bench, Change::RateLimit(Override::To(800.0))).await;
     publish_steps(&bench.pool(), &steps(640, 20)).await;
     let two = bench
         .consumer(handlers![handle])
@@ -146,7 +154,7 @@ async fn a_group_limit_holds_over_two_instances_and_an_instance_limit_for_each()
     assert!((4_560..=5_040).contains(&(a + b)), "{a} and {b} in {span:?}");
     assert!((2_160..=2_640).contains(&a), "shared fairly: {a} and {b}");
 
-    change(&bench, Change::InstanceRateLimit(Some(100.0))).await;
+    change(&bench, Change::InstanceRateLimit(Override::To(100.0))).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let from = Instant::now();
     let span = Duration::from_secs(5);
@@ -155,8 +163,8 @@ async fn a_group_limit_holds_over_two_instances_and_an_instance_limit_for_each()
         let ran = in_span(history, from, span);
         assert!((475..=525).contains(&ran), "{ran} in {span:?}");
     }
-    change(&bench, Change::RateLimit(None)).await;
-    change(&bench, Change::InstanceRateLimit(None)).await;
+    change(&bench, Change::RateLimit(Override::Default)).await;
+    change(&bench, Change::InstanceRateLimit(Override::Default)).await;
     settled(bench.db.pool(), "paced").await;
     assert_eq!(first.len() + second.len(), 12_800);
     one.shutdown().await.unwrap();
@@ -184,7 +192,7 @@ async fn a_window_opens_and_closes_by_the_clock_of_its_zone() {
     bench.db.advance(Duration::from_secs_f64(to_noon)).await.unwrap();
     change(
         &bench,
-        Change::DrainWindow(Some("22:00-06:00 Europe/Berlin".parse().unwrap())),
+        Change::DrainWindow(Override::To("22:00-06:00 Europe/Berlin".parse().unwrap())),
     )
     .await;
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -204,8 +212,118 @@ async fn a_window_opens_and_closes_by_the_clock_of_its_zone() {
             assert_eq!(history.len(), before, "it ran {n} outside the window");
         }
     }
-    change(&bench, Change::DrainWindow(None)).await;
+    change(&bench, Change::DrainWindow(Override::Default)).await;
     history.has(5).await;
     history.assert_in_order_and_alone(1, 5);
     consumer.shutdown().await.unwrap();
+}
+
+/// Rate, rate of an instance, and window that hold for the group.
+async fn held(bench: &Bench) -> (Option<f64>, Option<f64>, Option<String>) {
+    let status = postbox_dispatcher::status::subscriptions(bench.db.pool())
+        .await
+        .unwrap();
+    let coded = status.into_iter().find(|one| one.group_name == "coded").unwrap();
+    (coded.rate_limit, coded.instance_rate_limit, coded.drain_window)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_code_says_holds_until_an_operator_says_otherwise() {
+    let bench = bench().await;
+    let history = History::default();
+    let change = async |change: Change| {
+        let changed = subscriptions::change(bench.db.pool(), "coded", Some("steps"), &change)
+            .await
+            .unwrap();
+        assert_eq!(changed, 1);
+    };
+    let start = async || {
+        bench
+            .consumer(handlers![handle_as_coded])
+            .state(history.clone())
+            .start()
+            .await
+            .unwrap()
+    };
+    let consumer = start().await;
+    let all_day = "00:00-24:00 UTC".to_owned();
+    assert_eq!(
+        held(&bench).await,
+        (Some(400.0), Some(300.5), Some(all_day.clone()))
+    );
+
+    // It is not only shown: the single instance may start 300.5 a second.
+    publish_steps(&bench.pool(), &steps(100, 20)).await;
+    history.has(50).await;
+    let from = Instant::now();
+    let span = Duration::from_secs(3);
+    tokio::time::sleep(span).await;
+    let ran = in_span(&history, from, span);
+    assert!((840..=960).contains(&ran), "{ran} in {span:?}");
+
+    for (say, holds) in [
+        (Override::To(50_000.0), Some(50_000.0)),
+        (Override::Off, None),
+        (Override::Default, Some(400.0)),
+        (Override::Off, None),
+    ] {
+        change(Change::RateLimit(say)).await;
+        assert_eq!(held(&bench).await.0, holds, "{say:?}");
+    }
+    change(Change::InstanceRateLimit(Override::Off)).await;
+    change(Change::DrainWindow(Override::Off)).await;
+    assert_eq!(held(&bench).await, (None, None, None));
+    let begun = Instant::now();
+    history.has(2_000).await;
+    assert!(
+        begun.elapsed() < Duration::from_secs(2),
+        "nothing limits it any more: {:?}",
+        begun.elapsed()
+    );
+    consumer.shutdown().await.unwrap();
+
+    // A new start does not take back what the operator said.
+    start().await.shutdown().await.unwrap();
+    assert_eq!(held(&bench).await, (None, None, None));
+    change(Change::DrainWindow(Override::Default)).await;
+    assert_eq!(held(&bench).await, (None, None, Some(all_day)));
+}
+
+#[tokio::test]
+async fn a_pace_that_cannot_be_kept_is_refused_at_start() {
+    let bench = bench().await;
+    let define = || {
+        HandlerDefinition::new("defined")
+            .topic("steps")
+            .call(|_| Box::pin(async { Ok(()) }))
+    };
+    let cases = [
+        (handlers![handle_as_coded, disagree], "disagree on window"),
+        (
+            vec![define().group("g").rate(0.0)],
+            "rate of handler defined is 0",
+        ),
+        (
+            vec![define().group("g").instance_rate(f64::NAN)],
+            "instance_rate of handler defined is NaN",
+        ),
+        (
+            vec![define().group("g").window("22:00-06:00 Berlin")],
+            "\"Berlin\" is not a time zone",
+        ),
+        (
+            vec![define().broadcast().rate(5.0)],
+            "is a broadcast and has a rate or a window",
+        ),
+    ];
+    for (handlers, says) in cases {
+        let error = bench
+            .consumer(handlers)
+            .state(History::default())
+            .start()
+            .await
+            .expect_err(says)
+            .to_string();
+        assert!(error.contains(says), "{error:?} says {says:?}");
+    }
 }

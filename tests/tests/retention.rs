@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use postbox_consumer::{HandlerError, State, Tx, handler, handlers};
@@ -380,7 +382,7 @@ async fn a_checkpoint_does_not_count_again_when_a_newer_one_was_truncated_before
     }
     for slot in [5, 3] {
         let slot = (now + slot) % 8;
-        let outcome: String = sqlx::query_scalar("SELECT postbox.truncate_checkpoints($1)")
+        let outcome: String = sqlx::query_scalar("SELECT postbox.truncate_records($1, 'checkpoint')")
             .bind(slot as i16)
             .fetch_one(pool)
             .await
@@ -388,6 +390,61 @@ async fn a_checkpoint_does_not_count_again_when_a_newer_one_was_truncated_before
         assert_eq!(outcome, "truncated");
         assert_eq!(number(pool, "SELECT postbox.settled_below(1)").await, 40);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_heartbeat_updates_no_row_and_what_it_said_outlives_its_slot() {
+    let bench = bench().await;
+    let pool = bench.db.pool();
+    let consumer = bench
+        .consumer(handlers![keep])
+        .state(History::default())
+        .lease(Duration::from_secs(6))
+        .start()
+        .await
+        .unwrap();
+    eventually(PATIENCE, async || {
+        let beaten = "SELECT count(*) FROM postbox.sessions() s JOIN postbox.consumer c ON c.id = s.consumer_id \
+             WHERE s.in_time AND s.heartbeat_at > c.started_at + interval '2.5 seconds'";
+        match number(pool, beaten).await {
+            1 => Ok(()),
+            _ => Err("its heartbeats do not go on"),
+        }
+    })
+    .await;
+    // Insert and updates of the row have numbers of transactions; it was written by one.
+    let written = "SELECT count(*) FROM postbox.consumer WHERE heartbeat_at = started_at AND report = '{}'";
+    assert_eq!(number(pool, written).await, 1);
+    let reports = number(pool, "SELECT count(*) FROM postbox.heartbeat").await;
+    assert!(reports >= 2, "{reports} reports");
+    let said = &status::read(pool).await.unwrap().consumers[0];
+    assert_eq!((said.live, &said.report[0]["group"]), (true, &"keeper".into()));
+    consumer.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_last_report_of_an_instance_outlives_its_slot() {
+    let db = database().await;
+    let pool = db.pool();
+    run(
+        pool,
+        "INSERT INTO postbox.consumer (name, pid, subscriptions, lease) VALUES ('a', 1, '{}', '10 s'), ('b', 2, '{}', '10 s')",
+    )
+    .await;
+    for said in [r#"{"n": 1}"#, r#"{"n": 2}"#] {
+        run(pool, &format!("SELECT postbox.heartbeat(1, '{said}', NULL)")).await;
+    }
+    let last = "SELECT (r.report ->> 'n')::bigint FROM postbox.last_report(1) r WHERE r.heartbeat_at > clock_timestamp() - interval '1 minute'";
+    assert_eq!(number(pool, last).await, 2);
+    for _ in 0..8 {
+        next_slot(&db).await;
+    }
+    assert_eq!(number(pool, "SELECT count(*) FROM postbox.heartbeat").await, 0);
+    assert_eq!(number(pool, last).await, 2);
+    assert_eq!(
+        number(pool, "SELECT count(*) FROM postbox.consumer WHERE report = '{}'").await,
+        1
+    );
 }
 
 #[tokio::test]
@@ -495,33 +552,163 @@ async fn several_turns_of_the_ring_under_load_lose_nothing_and_repeat_nothing() 
 
 async fn settled_up_to(bench: &Bench, head: i64) {
     eventually(PATIENCE, async || {
-        let next = bench.number("SELECT postbox.next_offset('steps')").await;
-        if next == head {
-            Ok(())
-        } else {
-            Err(format!("{next} of {head} sequenced"))
+        let status = status::subscriptions(bench.db.pool())
+            .await
+            .map_err(|error| error.to_string())?;
+        match status
+            .iter()
+            .all(|one| one.next_offset == head && one.backlog == 0)
+        {
+            true => Ok(()),
+            false => Err(format!("{head} to settle: {status:?}")),
         }
     })
     .await;
-    for group in ["keeper", "writer"] {
-        eventually(PATIENCE, async || {
-            let status = status::subscriptions(bench.db.pool())
-                .await
-                .map_err(|error| error.to_string())?;
-            match status.iter().find(|one| one.group_name == group) {
-                Some(one) if one.backlog == 0 => Ok(()),
-                _ => {
-                    let what: String = sqlx::query_scalar("SELECT json_build_object('lanes', (SELECT json_agg(l ORDER BY subscription_id, lane) FROM postbox.lane l WHERE lane < 3), \
-                        'checkpoints', (SELECT json_agg(json_build_array(slot, id, subscription_id, consumer_id, positions[1:3], lanes[1:3], epochs[1:3], cardinality(lanes), pending) ORDER BY id) FROM (SELECT * FROM postbox.checkpoint ORDER BY id DESC LIMIT 8) c), \
-                        'held', (SELECT count(*) FROM postbox.redelivery), 'written', (SELECT count(*) FROM written), 'settled', (SELECT count(*) FROM postbox.settlement), \
-                        'now', postbox.slot_of(postbox.clock()), 'consumers', (SELECT json_agg(json_build_array(id, report)) FROM postbox.consumer))::text")
-                        .fetch_one(bench.db.pool()).await.map_err(|error| error.to_string())?;
-                    Err(format!("{group}: {what}"))
-                }
-            }
-        })
-        .await;
-    }
+}
+
+/// With one slot of steps that is carried and old enough; returns the slot.
+async fn with_a_due_slot(db: &TestDatabase) -> i64 {
+    publish_steps(db.pool(), &steps(5, 10)).await;
+    sequence(db.pool()).await;
+    let slot = slot_now(db.pool()).await;
+    next_slot(db).await;
+    db.advance(5 * SLOT + HOUR).await.unwrap();
+    slot
+}
+
+/// Truncates a slot in the background, with so much patience that the test can do something while it waits for a lock.
+async fn truncating(db: &TestDatabase, slot: i64) -> tokio::task::JoinHandle<String> {
+    run(
+        db.pool(),
+        "ALTER FUNCTION postbox.truncate_log SET lock_timeout = '20s'",
+    )
+    .await;
+    let mut connection = db.connect().await.unwrap();
+    tokio::spawn(async move {
+        sqlx::query_scalar("SELECT outcome FROM postbox.truncate_log($1)")
+            .bind(slot as i16)
+            .fetch_one(&mut connection)
+            .await
+            .unwrap()
+    })
+}
+
+/// Until the truncation waits for this lock.
+async fn waits_for(pool: &PgPool, lock: &str) {
+    let sql = format!(
+        "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid WHERE NOT l.granted AND {lock} \
+         AND a.datname = current_database() AND a.query LIKE '%postbox.truncate_log(%' AND a.pid <> pg_backend_pid()"
+    );
+    eventually(PATIENCE, async || match number(pool, &sql).await {
+        1 => Ok(()),
+        _ => Err(format!("it does not wait for {lock}")),
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_comes_into_a_slot_while_it_is_being_truncated_is_not_lost() {
+    let db = database().await;
+    let slot = with_a_due_slot(&db).await;
+    let (mut reader, mut publisher) = (db.connect().await.unwrap(), db.connect().await.unwrap());
+    run_on(
+        &mut reader,
+        &format!("BEGIN; SELECT count(*) FROM postbox.segment_{slot}"),
+    )
+    .await;
+    let outcome = truncating(&db, slot).await;
+    waits_for(
+        db.pool(),
+        &format!("l.relation = 'postbox.segment_{slot}'::regclass"),
+    )
+    .await;
+    // After it has looked who is there. As of a clock that was set back.
+    run_on(
+        &mut publisher,
+        &format!("BEGIN; INSERT INTO postbox.outbox (slot, topic, payload) VALUES ({slot}, 'steps', 'x')"),
+    )
+    .await;
+    run_on(&mut reader, "COMMIT").await;
+    waits_for(
+        db.pool(),
+        &format!("l.relation = 'postbox.outbox_{slot}'::regclass"),
+    )
+    .await;
+    run_on(&mut publisher, "COMMIT").await;
+    assert_eq!(outcome.await.unwrap(), "unsequenced");
+    sequence(db.pool()).await;
+    assert_eq!(number(db.pool(), "SELECT postbox.next_offset('steps')").await, 51);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_gets_a_segment_while_it_is_being_truncated_stays() {
+    let db = database().await;
+    let slot = with_a_due_slot(&db).await;
+    let mut subscriber = db.connect().await.unwrap();
+    run_on(
+        &mut subscriber,
+        "BEGIN; LOCK TABLE postbox.subscription IN ROW EXCLUSIVE MODE",
+    )
+    .await;
+    let outcome = truncating(&db, slot).await;
+    waits_for(db.pool(), "l.relation = 'postbox.subscription'::regclass").await;
+    run(
+        db.pool(),
+        &format!("INSERT INTO postbox.outbox (slot, topic, payload) VALUES ({slot}, 'steps', 'x')"),
+    )
+    .await;
+    sequence(db.pool()).await;
+    run_on(&mut subscriber, "COMMIT").await;
+    assert_eq!(outcome.await.unwrap(), "busy");
+    assert_eq!(number(db.pool(), "SELECT count(*) FROM postbox.outbox").await, 51);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seek_beside_a_truncation_comes_before_it_and_holds_the_slot_or_after_it_and_finds_it_gone() {
+    let db = database().await;
+    subscribe(db.pool(), "back").await;
+    let slot = with_a_due_slot(&db).await;
+    run(db.pool(), "UPDATE postbox.lane SET position = 50").await;
+    let seek = |connection: sqlx::PgConnection| async move {
+        let mut connection = connection;
+        let to: i64 = sqlx::query_scalar("SELECT postbox.seek(1, 'earliest')")
+            .fetch_one(&mut connection)
+            .await
+            .unwrap();
+        (to, connection)
+    };
+
+    // Before: the truncation had found the slot passed, and looks again.
+    let mut operator = db.connect().await.unwrap();
+    run_on(&mut operator, "BEGIN").await;
+    let (to, mut operator) = seek(operator).await;
+    assert_eq!(to, 0);
+    let outcome = truncating(&db, slot).await;
+    waits_for(db.pool(), "l.relation = 'postbox.subscription'::regclass").await;
+    run_on(&mut operator, "COMMIT").await;
+    assert_eq!(outcome.await.unwrap(), "held");
+    assert_eq!(number(db.pool(), "SELECT count(*) FROM postbox.outbox").await, 50);
+
+    // After: the seek waits for a truncation that has looked.
+    run(db.pool(), "UPDATE postbox.lane SET position = 50").await;
+    let mut sequencer = db.connect().await.unwrap();
+    run_on(&mut sequencer, "SELECT pg_advisory_lock(1347571761, 1)").await;
+    let outcome = truncating(&db, slot).await;
+    waits_for(db.pool(), "l.locktype = 'advisory' AND l.objid = 1").await;
+    let seeking = tokio::spawn(seek(operator));
+    eventually(PATIENCE, async || {
+        let waiting = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid WHERE NOT l.granted \
+             AND a.datname = current_database() AND a.query LIKE '%postbox.seek(%' AND a.pid <> pg_backend_pid()";
+        match seeking.is_finished() || number(db.pool(), waiting).await == 1 {
+            true => Ok(()),
+            false => Err("it neither waits nor has ended"),
+        }
+    })
+    .await;
+    run_on(&mut sequencer, "SELECT pg_advisory_unlock(1347571761, 1)").await;
+    assert_eq!(outcome.await.unwrap(), "truncated");
+    let (to, _) = seeking.await.unwrap();
+    assert_eq!(to, 50, "it goes back to messages that are gone");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -572,6 +759,64 @@ async fn nobody_waits_for_a_truncation_that_cannot_have_its_lock() {
         other => Err(format!("{other:?}")),
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn publishers_and_readers_hardly_wait_while_the_ring_turns() {
+    let db = database().await;
+    let pool = db.connect_pool(4);
+    publish_steps(&pool, &steps(5, 10)).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let work = |sql: &'static str| {
+        let (pool, stop) = (pool.clone(), stop.clone());
+        tokio::spawn(async move {
+            let mut longest = Duration::ZERO;
+            while !stop.load(Ordering::Relaxed) {
+                let begun = Instant::now();
+                sqlx::query(sql).execute(&pool).await.unwrap();
+                longest = longest.max(begun.elapsed());
+            }
+            longest
+        })
+    };
+    let publishing = work("INSERT INTO postbox.outbox (topic, payload) VALUES ('steps', 'x')");
+    let reading = work(
+        "SELECT count(*) FROM (SELECT FROM postbox.segment s JOIN postbox.outbox o USING (slot) WHERE s.topic = 'steps' LIMIT 100) t",
+    );
+    // Who waits for a lock, by the server's word.
+    let watching = {
+        let (pool, stop) = (pool.clone(), stop.clone());
+        tokio::spawn(async move {
+            let mut longest = 0.0_f64;
+            while !stop.load(Ordering::Relaxed) {
+                let waited: f64 = sqlx::query_scalar(
+                    "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - l.waitstart)), 0)::float8 FROM pg_locks l \
+                     JOIN pg_stat_activity a ON a.pid = l.pid \
+                     WHERE NOT l.granted AND a.datname = current_database() AND a.query NOT LIKE '%truncate%'",
+                )
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+                longest = longest.max(waited);
+            }
+            longest
+        })
+    };
+    let mut truncated = 0;
+    while truncated < 12 {
+        sequence(db.pool()).await;
+        db.advance(SLOT).await.unwrap();
+        for _ in 0..2 {
+            truncated += retention::turn(db.pool()).await.unwrap().truncated();
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (publishing, reading) = (publishing.await.unwrap(), reading.await.unwrap());
+    let waited = watching.await.unwrap();
+    println!(
+        "a publisher took {publishing:?} at most, a reader {reading:?}; the longest wait for a lock was {waited:.3} s"
+    );
+    assert!(waited < 0.5, "somebody waited {waited} s for a lock");
 }
 
 #[tokio::test]

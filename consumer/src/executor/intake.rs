@@ -137,7 +137,8 @@ impl Executor {
 
     /// Under a limit there is no use in more than may soon run.
     pub(super) fn wants_more(&self) -> bool {
-        self.open && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency.max(self.plan.batch))
+        self.open
+            && !(self.throttle.is_limited() && self.ready.len() > self.plan.concurrency.max(self.plan.batch))
     }
 
     /// Takes in messages of blocks that were read; says whether there were any.

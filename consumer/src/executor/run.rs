@@ -201,7 +201,10 @@ impl Executor {
     }
 
     /// The whole run as a future, for one that must not begin here and now.
-    pub(super) fn run_of(&mut self, jobs: &Jobs) -> Result<BoxFuture<'static, (Verdict, Option<Checkout>)>, Verdict> {
+    pub(super) fn run_of(
+        &mut self,
+        jobs: &Jobs,
+    ) -> Result<BoxFuture<'static, (Verdict, Option<Checkout>)>, Verdict> {
         if jobs.handler().transactional {
             return self.transaction(jobs).map(FutureExt::boxed);
         }
@@ -276,8 +279,7 @@ impl Executor {
                 checkout,
             }
         });
-        self.running
-            .insert(abort.id(), Running { abort, first, lanes });
+        self.running.insert(abort.id(), Running { abort, first, lanes });
     }
 
     pub(super) fn ended(&mut self, ended: Result<(Id, Ended), JoinError>) {

@@ -11,6 +11,7 @@ mod idle;
 mod latency;
 mod load;
 mod message;
+mod moments;
 mod process;
 mod progress;
 mod publish;
@@ -18,6 +19,7 @@ mod report;
 mod rounds;
 mod sink;
 mod throughput;
+mod timers;
 mod tx;
 mod worker;
 
@@ -68,6 +70,8 @@ enum Bench {
     Failures(failures::Args),
     /// Throughput and latency while another session holds the xmin horizon: the last ten seconds against the first
     HeldXmin,
+    /// How late scheduled messages come, and how long many take that are due at once
+    Timers(timers::Args),
     /// What a delivery costs with more groups, topics, keys, instances or backlog, against few
     Growth(growth::Args),
     /// All of them, one after another
@@ -86,7 +90,7 @@ pub(crate) struct Settings {
     /// Measure the textbook outbox too: insert, select for update skip locked, delete (publish and throughput)
     #[arg(long, global = true)]
     compare: bool,
-    /// How long one measurement takes [default: 1 a round; latency 10, idle 30, held-xmin 60]
+    /// How long one measurement takes [default: 1 a round; latency and timers 10, idle 30, held-xmin 60]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=3600))]
     seconds: Option<u64>,
     /// Rounds of measurements that take turns [default: 9]
@@ -158,7 +162,7 @@ impl Bench {
         Ok(())
     }
 
-    fn everything() -> [Bench; 9] {
+    fn everything() -> [Bench; 11] {
         [
             Bench::Publish,
             Bench::Throughput,
@@ -169,6 +173,7 @@ impl Bench {
             Bench::Backlog(backlog::Args::default()),
             Bench::Failures(failures::Args::default()),
             Bench::HeldXmin,
+            Bench::Timers(timers::Args::default()),
             Bench::Growth(growth::Args::default()),
         ]
     }
@@ -184,6 +189,7 @@ impl Bench {
             Bench::Backlog(_) => "backlog",
             Bench::Failures(_) => "failures",
             Bench::HeldXmin => "held-xmin",
+            Bench::Timers(_) => "timers",
             Bench::Growth(_) => "growth",
             Bench::All | Bench::Worker(_) => "all",
         }
@@ -200,6 +206,7 @@ impl Bench {
             Bench::Backlog(args) => backlog::measure(ground, args).await,
             Bench::Failures(args) => failures::measure(ground, args).await,
             Bench::HeldXmin => held_xmin::measure(ground).await,
+            Bench::Timers(args) => timers::measure(ground, args).await,
             Bench::Growth(args) => growth::measure(ground, args).await,
             Bench::All | Bench::Worker(_) => Ok(Vec::new()),
         }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::process::ExitCode;
 
 use anyhow::anyhow;
-use chrono::SecondsFormat;
+use chrono::{DateTime, SecondsFormat, Utc};
 use clap::Subcommand;
 use postbox_dispatcher::messages::{self, GroupState, Whereabouts};
 use uuid::Uuid;
@@ -27,15 +27,15 @@ enum Command {
 
 /// Show a message, and where it is for each group of its topic
 ///
-/// States: unsequenced (no dispatcher has given it an offset yet), waiting (to be run, or running), retrying (it failed; with its attempts and
+/// States: scheduled (not yet due), unsequenced (no dispatcher has given it an offset yet), waiting (to be run, or running), retrying (it failed; with its attempts and
 /// last error), parked (behind a failed message of its key), halted (attempts exhausted, its key waits for an operator), redriven (to be run
 /// again), dead (given up; with the number of its dead letter), delivered (the group has passed it: handled, discarded, of a type it does not
-/// take, or from before its start). Exit status 1 if there is no such message: never committed, or no longer retained.
+/// take, or from before its start). Exit status 1 if there is no such message: never committed, cancelled, or no longer retained.
 #[derive(Debug, clap::Args)]
 struct ShowArgs {
     /// Message id
     id: Uuid,
-    /// Print one JSON object: id, topic, offset, type, key, headers, content_type, published_at, bytes, in_log, groups
+    /// Print one JSON object: id, topic, deliver_at, offset, type, key, headers, content_type, published_at, bytes, in_log, groups
     #[arg(long)]
     json: bool,
 }
@@ -45,7 +45,7 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<ExitC
     let pool = database.open(1).await?;
     let message = messages::show(&pool, args.id).await?.ok_or_else(|| {
         anyhow!(
-            "there is no message {}: its transaction did not commit, or it is no longer retained",
+            "there is no message {}: its transaction did not commit, or it was cancelled, or it is no longer retained",
             args.id
         )
     })?;
@@ -58,15 +58,18 @@ pub(crate) async fn run(database: &Database, args: Args) -> anyhow::Result<ExitC
 
 fn human(message: &Whereabouts) -> String {
     let or_none = |text: &Option<String>| text.as_deref().unwrap_or("-").to_owned();
-    let offset = match message.offset {
-        Some(offset) => offset.to_string(),
-        None => "none yet: no dispatcher has put it in order".to_owned(),
+    let instant = |at: DateTime<Utc>| at.to_rfc3339_opts(SecondsFormat::Millis, true);
+    let offset = match (message.offset, message.deliver_at) {
+        (Some(offset), _) => offset.to_string(),
+        (None, Some(due)) => format!("none yet: it is due at {}", instant(due)),
+        (None, None) => "none yet: no dispatcher has put it in order".to_owned(),
     };
     let content_type = message.content_type.as_deref().unwrap_or(postbox::JSON);
     let payload = format!("{} of {content_type}", counted(message.bytes, "byte", "bytes"));
-    let in_log = match message.in_log {
-        true => "yes",
-        false => "no: only groups that failed to handle it have copies",
+    let in_log = match (message.in_log, message.deliver_at) {
+        (true, _) => "yes",
+        (false, Some(_)) => "until it is due, and then in the log",
+        (false, None) => "no: only groups that failed to handle it have copies",
     };
     let mut text = String::new();
     for (name, value) in [
@@ -75,10 +78,7 @@ fn human(message: &Whereabouts) -> String {
         ("Offset", offset),
         ("Type", or_none(&message.message_type)),
         ("Key", or_none(&message.key)),
-        (
-            "Published at",
-            message.published_at.to_rfc3339_opts(SecondsFormat::Millis, true),
-        ),
+        ("Published at", instant(message.published_at)),
         ("Payload", payload),
         ("Retained", in_log.to_owned()),
     ] {

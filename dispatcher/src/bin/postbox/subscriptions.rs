@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, SecondsFormat, Utc};
 use postbox_consumer::DailyWindow;
 use postbox_dispatcher::status::{self, SubscriptionStatus};
-use postbox_dispatcher::subscriptions::{self, Change, Position};
+use postbox_dispatcher::subscriptions::{self, Change, Override, Position};
 use sqlx::PgPool;
 
 use crate::database::Database;
@@ -95,27 +95,30 @@ pub(crate) struct Target {
 
 /// Limit how many messages are started in a second
 ///
-/// An instance has the part of the group's limit that is its share of the lanes.
+/// An instance has the part of the group's limit that is its share of the lanes. It counts before the limit that the handlers have in code, until
+/// it is set to `default`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Limit {
     #[command(flatten)]
     target: Target,
-    /// By all instances together: messages a second, or `none`
+    /// By all instances together: messages a second, `none`, or `default`
     #[arg(long, value_name = "N", value_parser = rate, required_unless_present = "instance_rate")]
     rate: Option<Rate>,
-    /// By each instance: messages a second, or `none`
+    /// By each instance: messages a second, `none`, or `default`
     #[arg(long, value_name = "N", value_parser = rate)]
     instance_rate: Option<Rate>,
 }
 
 /// Start messages only at certain times of the day
+///
+/// It counts before the window that the handlers have in code, until it is set to `default`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Window {
     #[arg(value_parser = name)]
     group: String,
     #[arg(value_parser = name)]
     topic: String,
-    /// By the wall clock of a time zone (UTC if none is named), such as "22:00-06:00 Europe/Berlin" or "00:00-06:00,12:00-13:00", or `none`
+    /// By the wall clock of a time zone (UTC if none is named), such as "22:00-06:00 Europe/Berlin" or "00:00-06:00,12:00-13:00"; `none` for always, or `default`
     #[arg(value_parser = window)]
     window: Times,
 }
@@ -135,10 +138,10 @@ pub(crate) struct Drop {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Rate(Option<f64>);
+struct Rate(Override<f64>);
 
 #[derive(Debug, Clone)]
-struct Times(Option<DailyWindow>);
+struct Times(Override<DailyWindow>);
 
 pub(crate) async fn run(database: &Database, command: Command) -> anyhow::Result<ExitCode> {
     let pool = database.open(1).await?;
@@ -355,21 +358,28 @@ fn position(text: &str) -> Result<Position, String> {
 }
 
 fn rate(text: &str) -> Result<Rate, String> {
-    if text == "none" {
-        return Ok(Rate(None));
+    match text {
+        "default" => return Ok(Rate(Override::Default)),
+        "none" => return Ok(Rate(Override::Off)),
+        _ => {}
     }
     match text.parse::<f64>() {
-        Ok(rate) if rate > 0.0 && rate < 1e9 => Ok(Rate(Some(rate))),
-        _ => Err("a rate is a number of messages a second above 0 and below a billion, or none".to_owned()),
+        Ok(rate) if rate > 0.0 && rate < 1e9 => Ok(Rate(Override::To(rate))),
+        _ => Err(
+            "a rate is a number of messages a second above 0 and below a billion, none, or default"
+                .to_owned(),
+        ),
     }
 }
 
 fn window(text: &str) -> Result<Times, String> {
-    if text == "none" {
-        return Ok(Times(None));
+    match text {
+        "default" => return Ok(Times(Override::Default)),
+        "none" => return Ok(Times(Override::Off)),
+        _ => {}
     }
     match text.parse() {
-        Ok(window) => Ok(Times(Some(window))),
+        Ok(window) => Ok(Times(Override::To(window))),
         Err(error) => Err(error.to_string()),
     }
 }

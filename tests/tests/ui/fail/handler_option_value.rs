@@ -66,4 +66,16 @@ async fn dead_letters_of_a_broadcast(_tx: Tx) {}
 #[handler(group = "search", lanes = "8")]
 async fn lanes(_tx: Tx) {}
 
+#[handler(group = "search", rate = 0)]
+async fn rate(_tx: Tx) {}
+
+#[handler(group = "search", instance_rate = "50")]
+async fn instance_rate(_tx: Tx) {}
+
+#[handler(group = "search", window = 22)]
+async fn window(_tx: Tx) {}
+
+#[handler(broadcast, window = "22:00-06:00")]
+async fn window_of_a_broadcast() {}
+
 fn main() {}

@@ -3,7 +3,9 @@
 #![deny(warnings)]
 
 use postbox::Message;
-use postbox_consumer::{Batch, DeadLetter, Delivery, HandlerDefinition, HandlerError, State, Tx, handler, handlers};
+use postbox_consumer::{
+    Batch, DeadLetter, Delivery, HandlerDefinition, HandlerError, State, Tx, handler, handlers,
+};
 use serde::{Deserialize, Serialize};
 
 #[derive(Serialize, Deserialize, Message)]
@@ -16,6 +18,7 @@ pub struct OrderPlaced {
 pub struct Stock(u64);
 
 const LANES: u16 = 8;
+const RATE: u32 = 200;
 
 /// Documented and public.
 #[handler(group = "inventory")]
@@ -50,6 +53,9 @@ mod mail {
         order = "topic",
         start = "latest",
         lanes = super::LANES,
+        rate = super::RATE,
+        instance_rate = 0.5,
+        window = "22:00-06:00 Europe/Berlin",
         timeout = "20s",
         retry(backoff = "exponential(1s, 10m)"),
     )]

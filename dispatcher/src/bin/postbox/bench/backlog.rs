@@ -4,6 +4,7 @@ use super::ground::Ground;
 use super::load::{self, BATCH, Batch, Beside, Work};
 use super::process::{Process, lanes_of};
 use super::report::Report;
+use super::rounds::median;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -20,46 +21,96 @@ impl Default for Args {
 
 const FEW: u64 = 50_000;
 const CLIENTS: usize = 4;
+/// How often what is compared is measured before, and again after: the machine changes from minute to minute.
+const TURNS: usize = 3;
 
 pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<Vec<Report>> {
-    let (clients, span) = (ground.settings.clients(), ground.settings.span(3));
-    ground.progress.begin("backlog", 5);
+    ground.progress.begin("backlog", 4 * TURNS + 2);
     ground.dispatch_elsewhere().await?;
     let dispatcher = Process::dispatcher(ground).await?;
-
-    let few = ground.topic("backlog");
-    pile_up(ground, &few, FEW.min(args.messages)).await?;
-    ground.progress.step("draining few");
-    let (few_rate, _) = drain(ground, &few, FEW.min(args.messages)).await?;
-
-    // A second topic publishes, so that all that differs is what is pending.
+    // Of a topic of its own, so that all that differs is what is pending.
     let work = Work::Business(Beside::Message {
         topic: ground.topic("publish"),
     });
-    ground.progress.step("publishing with none pending");
-    let publish_before = load::run(&ground.pool, clients, span, &work).await?;
-    let many = ground.topic("backlog");
+    let mut few = Pending::default();
+    let mut many = Pending::default();
+    for _ in 0..TURNS {
+        few.measure(ground, &work, FEW.min(args.messages)).await?;
+    }
+
+    let topic = ground.topic("backlog");
     ground.progress.step("piling up");
-    pile_up(ground, &many, args.messages).await?;
-    ground.progress.step("publishing with many pending");
-    let publish_after = load::run(&ground.pool, clients, span, &work).await?;
+    pile_up(ground, &topic, args.messages).await?;
+    for _ in 0..2 * TURNS {
+        ground.progress.step("publishing with many pending");
+        many.publish(ground, &work).await?;
+    }
     ground.progress.step("draining many");
-    let (many_rate, consumer_peak) = drain(ground, &many, args.messages).await?;
+    many.drain(ground, &topic, args.messages).await?;
+
+    for _ in 0..TURNS {
+        few.measure(ground, &work, FEW.min(args.messages)).await?;
+    }
     let dispatcher_peak = dispatcher.peak_rss_mb();
     dispatcher.stop().await?;
     ground.dispatch_here().await?;
     Ok(vec![
         Report::verified("backlog")
             .with("messages", args.messages)
-            .figure(
-                "publish_ratio",
-                publish_after.per_second() / publish_before.per_second(),
-            )
-            .figure("drain_ratio", many_rate / few_rate)
-            .figure("drained_per_s", many_rate)
+            .figure("publish_ratio", median(many.published) / median(few.published))
+            .figure("drain_ratio", median(many.drained) / median(few.drained))
+            .figure("drained_per_s", many.per_second)
             .figure_if("dispatcher_peak_rss_mb", dispatcher_peak)
-            .figure_if("consumer_peak_rss_mb", consumer_peak),
+            .figure_if("consumer_peak_rss_mb", many.consumer_peak),
     ])
+}
+
+/// What was measured with so many messages pending.
+#[derive(Default)]
+struct Pending {
+    /// Transactions a second.
+    published: Vec<f64>,
+    /// Deliveries a second, of many short spans.
+    drained: Vec<f64>,
+    /// From the first delivery to the last.
+    per_second: f64,
+    consumer_peak: Option<f64>,
+}
+
+impl Pending {
+    /// Publishing with none pending, then so many.
+    async fn measure(&mut self, ground: &Ground, work: &Work, messages: u64) -> anyhow::Result<()> {
+        ground.progress.step("publishing with none pending");
+        self.publish(ground, work).await?;
+        let topic = ground.topic("backlog");
+        pile_up(ground, &topic, messages).await?;
+        ground.progress.step("draining few");
+        self.drain(ground, &topic, messages).await
+    }
+
+    async fn publish(&mut self, ground: &Ground, work: &Work) -> anyhow::Result<()> {
+        // What was piled up or drained just now is to be on disk, so that its writing is not measured; who may not say so waits for nothing.
+        let _ = sqlx::query("CHECKPOINT").execute(&ground.pool).await;
+        let (clients, span) = (ground.settings.clients(), ground.settings.span(1));
+        let done = load::run(&ground.pool, clients, span, work).await?;
+        self.published.push(done.per_second());
+        Ok(())
+    }
+
+    async fn drain(&mut self, ground: &Ground, topic: &str, messages: u64) -> anyhow::Result<()> {
+        let messages = messages.div_ceil(BATCH) * BATCH;
+        let mut consumer = Process::worker(ground, topic, &[ground.group(0)], messages).await?;
+        ground.lanes_owned(topic, lanes_of(1)).await?;
+        let delivered = consumer.delivered().await?;
+        self.consumer_peak = consumer.peak_rss_mb();
+        consumer.stop().await?;
+        self.per_second = delivered.deliveries as f64 / (delivered.last - delivered.first);
+        match delivered.rates.is_empty() {
+            true => self.drained.push(self.per_second),
+            false => self.drained.extend(delivered.rates),
+        }
+        Ok(())
+    }
 }
 
 /// Publishes exactly so many, in batches, with a group that nobody serves yet.
@@ -74,18 +125,4 @@ async fn pile_up(ground: &Ground, topic: &str, messages: u64) -> anyhow::Result<
         &Work::Batch(batch),
     )
     .await
-}
-
-/// The rate from the first to the last, and the most memory that the consumer had.
-async fn drain(ground: &Ground, topic: &str, messages: u64) -> anyhow::Result<(f64, Option<f64>)> {
-    let messages = messages.div_ceil(BATCH) * BATCH;
-    let mut consumer = Process::worker(ground, topic, &[ground.group(0)], messages).await?;
-    ground.lanes_owned(topic, lanes_of(1)).await?;
-    let delivered = consumer.delivered().await?;
-    let peak = consumer.peak_rss_mb();
-    consumer.stop().await?;
-    Ok((
-        delivered.deliveries as f64 / (delivered.last - delivered.first),
-        peak,
-    ))
 }

@@ -62,10 +62,10 @@ async fn in_one_process(ground: &Ground, args: &Args, groups: &[String]) -> anyh
     let sink = Sink::start(ground.consumer_pool(1), &topic, groups).await?;
     ground.lanes_owned(&topic, lanes_of(groups.len())).await?;
     publish(ground, &topic, args.messages).await?;
-    let (first, last) = sink.each_handled(args.messages).await?;
+    let handled = sink.each_handled(args.messages).await?;
     let deliveries = sink.handled();
     sink.stop().await?;
-    Ok(deliveries as f64 / (last - first).as_secs_f64())
+    Ok(deliveries as f64 / (handled.last - handled.first).as_secs_f64())
 }
 
 async fn in_processes(ground: &Ground, args: &Args, groups: &[String]) -> anyhow::Result<f64> {

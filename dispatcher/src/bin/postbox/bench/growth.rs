@@ -159,20 +159,21 @@ async fn cost(ground: &Ground, point: Point, messages: u64) -> anyhow::Result<f6
         publish(ground, &topics, point.keys, messages).await?;
         ground.sequenced(&topics, messages).await?;
     }
-    let begun = Instant::now();
     let sink = Sink::spread(ground.consumer_pool(1), &topics, &groups, point.instances).await?;
-    let (first, last) = match point.backlog {
+    let took = match point.backlog {
         // From the first delivery: how long it takes to get the lanes is not a matter of the backlog.
-        Some(_) => sink.each_handled(messages).await?,
+        Some(_) => {
+            let handled = sink.each_handled(messages).await?;
+            handled.last - handled.first
+        }
         None => {
             sink.owns_its_lanes(ground).await?;
             let begun = Instant::now();
             publish(ground, &topics, point.keys, messages).await?;
-            (begun, sink.each_handled(messages).await?.1)
+            sink.each_handled(messages).await?.last - begun
         }
     };
     sink.stop().await?;
-    let took = last - first.max(begun);
     Ok(took.as_secs_f64() * 1e6 / (messages * point.groups as u64) as f64)
 }
 

@@ -1,16 +1,13 @@
 //! From the return of the commit to the start of the handler, at a steady rate.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, ensure};
-use postbox::Publish;
-use postbox_consumer::{Consumer, Extract, HandlerDefinition, HandlerError, Raw};
+use anyhow::Context;
+use postbox_consumer::Consumer;
 
 use super::floor;
 use super::ground::Ground;
-use super::message::{number, numbered};
+use super::moments::Moments;
 use super::process::Process;
 use super::report::Report;
 use super::rounds::quantile;
@@ -36,8 +33,6 @@ const A_CLIENT: u32 = 700;
 
 /// Before it counts: plans are made, caches filled, and the dispatcher has found its pace.
 const WARM_UP: Duration = Duration::from_secs(1);
-
-const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) async fn measure(ground: &mut Ground, args: &Args) -> anyhow::Result<Vec<Report>> {
     let span = ground.settings.span(10);
@@ -92,49 +87,12 @@ impl Flow {
     }
 }
 
-/// Moments in nanoseconds from the start; 0: not yet.
-struct Moments {
-    start: Instant,
-    committed: Vec<AtomicU64>,
-    handled: Vec<AtomicU64>,
-    count: AtomicUsize,
-}
-
-impl Moments {
-    fn now(&self) -> u64 {
-        self.start.elapsed().as_nanos() as u64
-    }
-}
-
 /// Publishes at a rate, one message a transaction, and handles them in this process. The warm-up is left out of what is returned.
 pub(crate) async fn flow(ground: &Ground, rate: u32, span: Duration) -> anyhow::Result<Flow> {
     let topic = ground.topic("latency");
     let total = ((span + WARM_UP).as_secs_f64() * f64::from(rate)) as usize;
-    let zeros = || (0..total).map(|_| AtomicU64::new(0)).collect();
-    let moments = Arc::new(Moments {
-        start: Instant::now(),
-        committed: zeros(),
-        handled: zeros(),
-        count: AtomicUsize::new(0),
-    });
-    let handler = {
-        let moments = moments.clone();
-        HandlerDefinition::new("bench")
-            .group(ground.group(0))
-            .topic(topic.clone())
-            .call(move |mut invocation| {
-                let (moments, now) = (moments.clone(), moments.now());
-                Box::pin(async move {
-                    let raw = Raw::extract(&mut invocation).await?;
-                    let slot = number(&raw.payload).and_then(|n| moments.handled.get(n));
-                    let slot = slot.ok_or_else(|| HandlerError::discard("it is none of the bench's"))?;
-                    if slot.swap(now, Ordering::Relaxed) == 0 {
-                        moments.count.fetch_add(1, Ordering::Relaxed);
-                    }
-                    Ok(())
-                })
-            })
-    };
+    let moments = Moments::of(total);
+    let handler = moments.handler(ground, &topic);
     let consumer = Consumer::new(ground.consumer_pool(1))
         .name("postbox-bench")
         .handlers([handler])
@@ -151,11 +109,8 @@ pub(crate) async fn flow(ground: &Ground, rate: u32, span: Duration) -> anyhow::
         publishers.push(tokio::spawn(async move {
             for n in (client..total).step_by(clients) {
                 let due = begin + (n as u64 * 1_000_000_000) / u64::from(rate);
-                tokio::time::sleep_until((moments.start + Duration::from_nanos(due)).into()).await;
-                let mut tx = sqlx::Connection::begin(&mut *connection).await?;
-                tx.publish(numbered(&topic, n as u64)).await?;
-                tx.commit().await?;
-                moments.committed[n].store(moments.now(), Ordering::Relaxed);
+                moments.until(due).await;
+                moments.publish(&mut connection, &topic, n).await?;
             }
             anyhow::Ok(())
         }));
@@ -163,30 +118,21 @@ pub(crate) async fn flow(ground: &Ground, rate: u32, span: Duration) -> anyhow::
     for publisher in publishers {
         publisher.await.context("a client ended")??;
     }
-    let published = Instant::now();
-    while moments.count.load(Ordering::Relaxed) < total {
-        ensure!(
-            published.elapsed() < PATIENCE,
-            "{} of {total} messages came",
-            moments.count.load(Ordering::Relaxed)
-        );
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    moments.all_handled(total).await?;
     consumer.shutdown().await?;
 
     let seconds = |nanos: u64| nanos as f64 / 1e9;
     let warm = (WARM_UP.as_secs_f64() * f64::from(rate)) as usize;
-    let read = |moments: &[AtomicU64], n: usize| moments[n].load(Ordering::Relaxed);
     Ok(Flow {
         messages: (warm..total)
             .map(|n| {
-                let took = read(&moments.handled, n).saturating_sub(read(&moments.committed, n));
-                (n.saturating_sub(warm) as f64 / f64::from(rate), seconds(took))
+                let took = seconds(moments.took(n));
+                (n.saturating_sub(warm) as f64 / f64::from(rate), took)
             })
             .collect(),
         handled: (warm..total)
             .map(|n| {
-                let after_start = read(&moments.handled, n).saturating_sub(begin);
+                let after_start = moments.handled(n).saturating_sub(begin);
                 seconds(after_start) - WARM_UP.as_secs_f64()
             })
             .collect(),

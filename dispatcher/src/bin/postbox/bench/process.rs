@@ -18,12 +18,14 @@ pub(crate) struct Process {
 }
 
 /// What a worker says at its end.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Delivered {
     pub(crate) deliveries: u64,
     /// Unix time in seconds.
     pub(crate) first: f64,
     pub(crate) last: f64,
+    /// Deliveries a second, of one slice after another.
+    pub(crate) rates: Vec<f64>,
 }
 
 impl Process {

@@ -16,6 +16,17 @@ pub(crate) const LANES: i64 = 32;
 /// After so long without a message none will come any more.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Of so many messages the rate is taken, again and again.
+const SLICE: u64 = 10_000;
+
+/// When messages were handled.
+pub(crate) struct Handled {
+    pub(crate) first: Instant,
+    pub(crate) last: Instant,
+    /// Deliveries a second, of one slice after another.
+    pub(crate) rates: Vec<f64>,
+}
+
 pub(crate) struct Sink {
     /// For each group.
     counters: Vec<Arc<AtomicU64>>,
@@ -74,18 +85,31 @@ impl Sink {
             .sum()
     }
 
-    /// Until every group has handled exactly so many, counted from the start; returns when the first came after this was called, and the last.
-    pub(crate) async fn each_handled(&self, messages: u64) -> anyhow::Result<(Instant, Instant)> {
+    /// Until every group has handled exactly so many, counted from the start; what is returned counts from when this was called.
+    pub(crate) async fn each_handled(&self, messages: u64) -> anyhow::Result<Handled> {
         let expected = messages * self.counters.len() as u64;
         let before = self.handled();
         let mut first = None;
         let mut last = (before, Instant::now());
+        let mut looked = last.1;
+        let mut slice = last;
+        let mut rates = Vec::new();
         loop {
             let handled = self.handled();
+            let now = Instant::now();
             if handled > last.0 {
-                first.get_or_insert_with(Instant::now);
-                last = (handled, Instant::now());
+                if first.is_none() {
+                    // It came after the look before.
+                    first = Some(looked);
+                    slice = (before, looked);
+                }
+                last = (handled, now);
+                if handled - slice.0 >= SLICE {
+                    rates.push((handled - slice.0) as f64 / (now - slice.1).as_secs_f64());
+                    slice = last;
+                }
             }
+            looked = now;
             if handled >= expected {
                 break;
             }
@@ -103,7 +127,11 @@ impl Sink {
                 "a group handled {handled} messages of {messages}"
             );
         }
-        Ok((first.unwrap_or(last.1), last.1))
+        Ok(Handled {
+            first: first.unwrap_or(last.1),
+            last: last.1,
+            rates,
+        })
     }
 
     pub(crate) async fn stop(self) -> anyhow::Result<()> {

@@ -25,8 +25,8 @@ pub(crate) async fn measure(ground: &mut Ground) -> anyhow::Result<Vec<Report>> 
         let mut figures = [f64::NAN; 3];
         let done = load::run(&ground.pool, clients, span, &messages).await?;
         published += done.count;
-        let (_, last) = sink.each_handled(published).await?;
-        figures[0] = done.count as f64 / (last - done.begun).as_secs_f64();
+        let handled = sink.each_handled(published).await?;
+        figures[0] = done.count as f64 / (handled.last - done.begun).as_secs_f64();
         ground.progress.step("Postbox");
 
         let reader = Reader::of_log(ground).await?;

@@ -29,11 +29,12 @@ pub(crate) async fn run(database: &Database, args: &Args) -> anyhow::Result<()> 
     let sink = Sink::start(pool, &args.topic, &args.groups).await?;
     let work = async {
         if args.messages > 0 {
-            let (first, last) = sink.each_handled(args.messages).await?;
+            let handled = sink.each_handled(args.messages).await?;
             let delivered = Delivered {
                 deliveries: sink.handled(),
-                first: unix_seconds(first),
-                last: unix_seconds(last),
+                first: unix_seconds(handled.first),
+                last: unix_seconds(handled.last),
+                rates: handled.rates,
             };
             Output::default().line(&serde_json::to_string(&delivered)?)?;
         }
