@@ -449,10 +449,12 @@ async fn a_dispatcher_that_was_down_delivers_what_became_due_in_due_order() {
     let db = TestDatabase::new().await.unwrap();
     let first = dispatcher(&db).await;
     let mut tx = db.pool().begin().await.unwrap();
+    // Of one moment, however long the statement takes.
+    let hour = Utc::now() + TimeDelta::hours(1);
     let batch = (0..2_500).map(|n: i64| {
         // Neighbours are far apart in time.
-        let due = Duration::from_secs(3_600 + (n * 7_919 % 2_500) as u64);
-        text(&(n * 7_919 % 2_500).to_string()).delay(due)
+        let number = n * 7_919 % 2_500;
+        text(&number.to_string()).deliver_at(hour + TimeDelta::seconds(number))
     });
     tx.publish_all(batch).await.unwrap();
     tx.commit().await.unwrap();
