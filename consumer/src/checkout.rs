@@ -74,8 +74,7 @@ impl Checkout {
     pub(crate) async fn commit(mut self, last: &[String]) -> Committed {
         self.begun = Instant::now();
         let message = AssertSqlSafe(format!("{}; {COMMIT}", last.join("; ")));
-        let mut answers = sqlx::raw_sql(message)
-            .execute_many(&mut *self.transaction);
+        let mut answers = sqlx::raw_sql(message).execute_many(&mut *self.transaction);
         let mut answered = 0;
         let error = loop {
             match answers.next().await {

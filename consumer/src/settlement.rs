@@ -97,7 +97,11 @@ pub(crate) async fn run(
     mut invocation: Invocation,
 ) -> (Verdict, Option<Checkout>) {
     let begun = match desk.checkout {
-        Some(checkout) => checkout.not_before(desk.ready_since.unwrap_or_else(Instant::now)).await,
+        Some(checkout) => {
+            checkout
+                .not_before(desk.ready_since.unwrap_or_else(Instant::now))
+                .await
+        }
         None => Checkout::begin(&desk.pool).await,
     };
     let checkout = match begun {
@@ -114,7 +118,8 @@ pub(crate) async fn run(
         Err(_) => Err(timed_out(timeout)),
     };
     let Some(checkout) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-        let failure = HandlerError::retry("the handler still has its Tx: it must let it go before it returns");
+        let failure =
+            HandlerError::retry("the handler still has its Tx: it must let it go before it returns");
         return (Verdict::Failed(failure), None);
     };
     match outcome {

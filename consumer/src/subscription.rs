@@ -179,10 +179,12 @@ impl Family<'_> {
             .iter()
             .filter_map(|definition| definition.concurrency)
             .max()
-            .unwrap_or(match self.members.iter().all(|definition| definition.takes_batches) {
-                true => DEFAULT_BATCHES,
-                false => DEFAULT_CONCURRENCY,
-            });
+            .unwrap_or(
+                match self.members.iter().all(|definition| definition.takes_batches) {
+                    true => DEFAULT_BATCHES,
+                    false => DEFAULT_CONCURRENCY,
+                },
+            );
         let batch = (self.members.iter())
             .filter_map(|definition| definition.batch)
             .max()
@@ -213,7 +215,9 @@ impl Family<'_> {
             lanes: if one_lane { 1 } else { lanes },
             concurrency,
             // A batch fills while the one before it runs.
-            window: (concurrency * 8).max(concurrency * batch * 2).max(settings.window),
+            window: (concurrency * 8)
+                .max(concurrency * batch * 2)
+                .max(settings.window),
             batch,
             router,
             unknown: (settings.unknown_types == UnknownType::Fail).then(|| Arc::new(refuse_unknown())),

@@ -166,7 +166,9 @@ impl Options {
                 "types" => types = read_types(option, input)?,
                 "concurrency" => concurrency = Some(attribute::count(option, input)?),
                 "batch" => batch = Some((attribute::count(option, input)?, option.span())),
-                "batch_wait" => batch_wait = Some((attribute::interval(option, "20ms", input)?, option.span())),
+                "batch_wait" => {
+                    batch_wait = Some((attribute::interval(option, "20ms", input)?, option.span()))
+                }
                 "order" => {
                     let choices = [
                         ("key", quote!(Order::Key)),
@@ -304,10 +306,12 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
     let on_dead_letter = on_dead_letter.iter().map(letter_call);
     let call = call(signature, arguments);
     let has_batch = options.batch.is_some();
-    let declared = arguments.iter().map(|argument| match has_batch && !is_batch(argument) {
-        true => quote_spanned!(argument.span()=> .argument_beside_batch::<#argument>()),
-        false => quote!(.argument::<#argument>()),
-    });
+    let declared = arguments
+        .iter()
+        .map(|argument| match has_batch && !is_batch(argument) {
+            true => quote_spanned!(argument.span()=> .argument_beside_batch::<#argument>()),
+            false => quote!(.argument::<#argument>()),
+        });
     quote! {
         ::postbox_consumer::HandlerDefinition::new(::core::concat!(::core::module_path!(), "::", #name))
             .#audience
@@ -340,7 +344,8 @@ fn check_batch(options: &Options, arguments: &[&Type]) -> syn::Result<()> {
     let mut batches = arguments.iter().filter(|argument| is_batch(argument));
     match (&options.batch, &options.batch_wait, batches.next()) {
         (Some((_, span)), _, None) => {
-            let message = "`batch` is for a handler that takes many messages at once: take them as `Batch<…>`";
+            let message =
+                "`batch` is for a handler that takes many messages at once: take them as `Batch<…>`";
             Err(syn::Error::new(*span, message))
         }
         (None, _, Some(argument)) => {

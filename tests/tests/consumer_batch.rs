@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use postbox::Outgoing;
 use postbox_consumer::{
-    Batch, BesideBatch, Consumer, Error, Extract, HandlerDefinition, HandlerError, Invocation, Json, Order, State,
-    Tx, handler, handlers,
+    Batch, BesideBatch, Consumer, Error, Extract, HandlerDefinition, HandlerError, Invocation, Json, Order,
+    State, Tx, handler, handlers,
 };
 use postbox_testkit::eventually;
 use support::{History, PATIENCE, Step, bench, publish, publish_steps, settled, step, steps};
@@ -51,7 +51,11 @@ async fn write_all(tx: &mut Tx, batch: &Batch<Step>) -> Result<(), sqlx::Error> 
 async fn plain(batch: Batch<Step>, State(history): State<History>, State(sizes): State<Sizes>) {
     let began = Instant::now();
     sizes.note(&batch);
-    assert!(batch.windows(2).all(|pair| pair[0].delivery.offset < pair[1].delivery.offset));
+    assert!(
+        batch
+            .windows(2)
+            .all(|pair| pair[0].delivery.offset < pair[1].delivery.offset)
+    );
     tokio::time::sleep(Duration::from_millis(2)).await;
     for item in &batch {
         assert_eq!(item.delivery.key.as_deref(), Some(item.message.key.as_str()));
@@ -60,7 +64,11 @@ async fn plain(batch: Batch<Step>, State(history): State<History>, State(sizes):
     // A key that is in one batch twice has its runs there; they are one after another.
     let mut keys = std::collections::HashSet::new();
     for step in batch.into_messages() {
-        let began = if keys.insert(step.key.clone()) { began } else { Instant::now() };
+        let began = if keys.insert(step.key.clone()) {
+            began
+        } else {
+            Instant::now()
+        };
         history.note(&step, began);
     }
 }
@@ -81,7 +89,11 @@ async fn a_key_is_in_one_batch_at_a_time_and_in_order() {
     history.assert_in_order_and_alone(20, 100);
     let sizes = sizes.all();
     assert_eq!(sizes.iter().sum::<usize>(), 2000);
-    assert_eq!(sizes.iter().max(), Some(&50), "full where there is enough, and never fuller");
+    assert_eq!(
+        sizes.iter().max(),
+        Some(&50),
+        "full where there is enough, and never fuller"
+    );
     assert!(sizes.len() < 200, "{sizes:?}");
     assert_eq!(consumer.stats()[0].handled, 2000);
 }
@@ -112,7 +124,9 @@ async fn with_order_topic_batches_follow_the_topic() {
 async fn picky(batch: Batch<Step>, mut tx: Tx, State(sizes): State<Sizes>) -> Result<(), HandlerError> {
     sizes.note(&batch);
     write_all(&mut tx, &batch).await?;
-    let bad = batch.iter().find(|item| item.message.key == "7" && item.message.n == 1);
+    let bad = batch
+        .iter()
+        .find(|item| item.message.key == "7" && item.message.n == 1);
     match bad {
         Some(bad) if bad.delivery.attempt < 3 => Err(HandlerError::retry("cannot have this one")),
         _ => Ok(()),
@@ -133,17 +147,32 @@ async fn a_message_that_fails_is_found_and_holds_its_key_only() {
         if others == 390 { Ok(()) } else { Err(others) }
     })
     .await;
-    assert_eq!(bench.number("SELECT count(*) FROM effect WHERE key = '7'").await, 1);
-    assert_eq!(bench.number("SELECT max(attempt)::bigint FROM postbox.redelivery").await, 1);
+    assert_eq!(
+        bench.number("SELECT count(*) FROM effect WHERE key = '7'").await,
+        1
+    );
+    assert_eq!(
+        bench
+            .number("SELECT max(attempt)::bigint FROM postbox.redelivery")
+            .await,
+        1
+    );
     settled(bench.db.pool(), "picky").await;
     assert_eq!(bench.number("SELECT count(*) FROM effect").await, 400);
     assert_eq!(bench.number(WRONG).await, 0);
     assert_eq!(consumer.stats()[0].handled, 400);
     let sizes = sizes.all();
-    assert!(sizes.len() < 60, "one bad message does not take all batches apart: {sizes:?}");
+    assert!(
+        sizes.len() < 60,
+        "one bad message does not take all batches apart: {sizes:?}"
+    );
 }
 
-#[handler(group = "doomed", batch = 30, retry(max_attempts = 2, backoff = "fixed(10ms)"))]
+#[handler(
+    group = "doomed",
+    batch = 30,
+    retry(max_attempts = 2, backoff = "fixed(10ms)")
+)]
 async fn doomed(batch: Batch<Step>) -> Result<(), HandlerError> {
     for item in &batch {
         match item.message.key.as_str() {
@@ -216,11 +245,12 @@ async fn a_stale_epoch_of_one_lane_refuses_the_whole_batch() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_settlement_needs_every_lane_and_the_session() {
     let bench = bench().await;
-    let subscription: i32 =
-        sqlx::query_scalar("SELECT id FROM postbox.subscribe('played', 'steps', 4::smallint, 'key', NULL, 'earliest', NULL)")
-            .fetch_one(bench.db.pool())
-            .await
-            .unwrap();
+    let subscription: i32 = sqlx::query_scalar(
+        "SELECT id FROM postbox.subscribe('played', 'steps', 4::smallint, 'key', NULL, 'earliest', NULL)",
+    )
+    .fetch_one(bench.db.pool())
+    .await
+    .unwrap();
     let mut session = bench.db.connect().await.unwrap();
     sqlx::raw_sql("INSERT INTO postbox.consumer (id, name, pid, subscriptions, lease) OVERRIDING SYSTEM VALUE VALUES (900, 'played', 0, '{}', '1 hour'); \
         SELECT pg_advisory_lock(1347571763, 900); UPDATE postbox.lane SET consumer_id = 900, epoch = lane + 1")
@@ -247,8 +277,14 @@ async fn a_batch_settlement_needs_every_lane_and_the_session() {
         }
     };
     assert!(settle([0, 2], [1, 3], [10, 11, 12]).await);
-    assert!(!settle([0, 2], [1, 2], [20, 21, 22]).await, "the second lane's epoch is an older one");
-    assert!(!settle([0, 2], [0, 3], [20, 21, 22]).await, "the first lane's epoch is an older one");
+    assert!(
+        !settle([0, 2], [1, 2], [20, 21, 22]).await,
+        "the second lane's epoch is an older one"
+    );
+    assert!(
+        !settle([0, 2], [0, 3], [20, 21, 22]).await,
+        "the first lane's epoch is an older one"
+    );
     let rows: Vec<(i16, i64)> = sqlx::query_as("SELECT lane, \"offset\" FROM postbox.settlement ORDER BY 2")
         .fetch_all(bench.db.pool())
         .await
@@ -279,7 +315,10 @@ async fn connections_that_are_cut_at_any_moment_lose_and_double_no_batch() {
     let cutter = bench.db.connect_pool(1);
     let done = async {
         eventually(PATIENCE, || async {
-            match sqlx::query_scalar::<_, i64>("SELECT count(*) FROM effect").fetch_one(bench.db.pool()).await {
+            match sqlx::query_scalar::<_, i64>("SELECT count(*) FROM effect")
+                .fetch_one(bench.db.pool())
+                .await
+            {
                 Ok(6000) => Ok(()),
                 other => Err(format!("{other:?}")),
             }
@@ -334,7 +373,12 @@ async fn a_batch_has_messages_of_its_handler_only_and_keys_keep_their_order_acro
         assert!(numbers.iter().all(|n| (n % 3 == 0) == (*handler == 'b')));
     }
     for key in 0..9 {
-        let of_key: Vec<i64> = seen.iter().flat_map(|(_, numbers)| numbers).copied().filter(|n| n % 9 == key).collect();
+        let of_key: Vec<i64> = seen
+            .iter()
+            .flat_map(|(_, numbers)| numbers)
+            .copied()
+            .filter(|n| n % 9 == key)
+            .collect();
         assert!(of_key.is_sorted() && of_key.len() >= 33, "{of_key:?}");
     }
     assert!(seen.iter().any(|(_, numbers)| numbers.len() > 1));
@@ -352,7 +396,9 @@ async fn a_batch_waits_for_more_until_it_is_full_or_its_time_is_over() {
     let consumer = bench.consumer(handlers![patient]).state(sizes.clone());
     let _consumer = consumer.start().await.unwrap();
     eventually(PATIENCE, || async {
-        let free = bench.number("SELECT count(*) FROM postbox.lane WHERE consumer_id IS NULL").await;
+        let free = bench
+            .number("SELECT count(*) FROM postbox.lane WHERE consumer_id IS NULL")
+            .await;
         if free == 0 { Ok(()) } else { Err(free) }
     })
     .await;
@@ -365,7 +411,10 @@ async fn a_batch_waits_for_more_until_it_is_full_or_its_time_is_over() {
     assert_eq!(sizes.iter().sum::<usize>(), 5);
     assert_eq!(sizes[0], 4, "full: {sizes:?}");
     assert_eq!(sizes[1], 1, "alone: {sizes:?}");
-    assert!(begun.elapsed() >= Duration::from_millis(350), "the fifth waits for more");
+    assert!(
+        begun.elapsed() >= Duration::from_millis(350),
+        "the fifth waits for more"
+    );
 }
 
 #[handler(broadcast, batch = 16)]
@@ -404,8 +453,10 @@ async fn a_limit_counts_messages_and_not_batches() {
     let bench = bench().await;
     let sizes = Sizes::default();
     bench
-        .sql("SELECT postbox.subscribe('paced', 'steps', 32::smallint, 'key', NULL, 'earliest', NULL); \
-            UPDATE postbox.subscription SET rate_limit = 200")
+        .sql(
+            "SELECT postbox.subscribe('paced', 'steps', 32::smallint, 'key', NULL, 'earliest', NULL); \
+            UPDATE postbox.subscription SET rate_limit = 200",
+        )
         .await;
     publish_steps(bench.db.pool(), &steps(300, 1)).await;
     let consumer = bench.consumer(handlers![paced]).state(sizes.clone());
@@ -413,7 +464,11 @@ async fn a_limit_counts_messages_and_not_batches() {
     let _consumer = consumer.start().await.unwrap();
     settled(bench.db.pool(), "paced").await;
     assert_eq!(sizes.all().iter().sum::<usize>(), 300);
-    assert!(begun.elapsed() >= Duration::from_millis(1300), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() >= Duration::from_millis(1300),
+        "{:?}",
+        begun.elapsed()
+    );
 }
 
 struct Tenant;
@@ -432,8 +487,15 @@ async fn own(_batch: Batch<Step>, _tenant: Tenant) {}
 #[tokio::test(flavor = "multi_thread")]
 async fn what_does_not_go_together_does_not_start() {
     let bench = bench().await;
-    let nothing = |_: Invocation| -> postbox_consumer::BoxFuture<postbox_consumer::Outcome> { Box::pin(async { Ok(()) }) };
-    let definition = || HandlerDefinition::new("wrong").group("wrong").order(Order::None).call(nothing);
+    let nothing = |_: Invocation| -> postbox_consumer::BoxFuture<postbox_consumer::Outcome> {
+        Box::pin(async { Ok(()) })
+    };
+    let definition = || {
+        HandlerDefinition::new("wrong")
+            .group("wrong")
+            .order(Order::None)
+            .call(nothing)
+    };
     let without_size = definition().argument::<Batch<Step>>();
     let without_batch = definition().argument::<Step>().batch(5);
     let too_large = definition().argument::<Batch<Step>>().batch(10_001);

@@ -202,7 +202,10 @@ impl Executor {
         let Some(key) = batch.last().and_then(|job| job.key) else {
             return;
         };
-        while let Some(next) = self.keys.get(&key).and_then(|successors| successors.queue.front())
+        while let Some(next) = self
+            .keys
+            .get(&key)
+            .and_then(|successors| successors.queue.front())
             && self.may_join(next, batch, most)
             && let Some(next) = self
                 .keys

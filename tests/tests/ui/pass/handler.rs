@@ -3,7 +3,9 @@
 #![deny(warnings)]
 
 use postbox::Message;
-use postbox_consumer::{Batch, DeadLetter, Delivery, HandlerDefinition, HandlerError, State, Tx, handler, handlers};
+use postbox_consumer::{
+    Batch, DeadLetter, Delivery, HandlerDefinition, HandlerError, State, Tx, handler, handlers,
+};
 use serde::{Deserialize, Serialize};
 
 #[derive(Serialize, Deserialize, Message)]
