@@ -153,7 +153,9 @@ impl Executor {
         let throttled = self.throttle.ready_at();
         let next = || {
             let ready = throttled.filter(|_| !self.ready.is_empty());
-            let ready = ready.or_else(|| self.next_filled()).filter(|_| self.has_room());
+            let ready = ready
+                .or_else(|| self.next_filled())
+                .filter(|_| self.has_room() && self.intake() != Intake::Full);
             let retry = self.retries.keys().next().map(|(due, _)| *due);
             let retry = retry.map(|due| throttled.map_or(due, |at| due.max(at)));
             [ready, retry].into_iter().flatten().min()
@@ -171,16 +173,18 @@ impl Executor {
     }
 
     pub(super) fn start(&mut self, jobs: Jobs) {
-        // No message of a batch is either.
-        if self.has_expired(&jobs.first) {
+        // No message of a batch had expired when it was put together, and none is a suspect.
+        let single = jobs.others.is_empty();
+        if single && self.has_expired(&jobs.first) {
             return self.expire(jobs.first);
         }
         self.throttle.spend(jobs.len());
-        if self.is_suspect(&jobs.first) {
+        if single && self.is_suspect(&jobs.first) {
             return self.put_on_trial(jobs.first);
         }
         if jobs.handler().transactional {
-            return match self.transaction(&jobs) {
+            let checkout = self.checkouts.pop().filter(Checkout::may_stay);
+            return match self.transaction(&jobs, checkout) {
                 Ok(run) => self.spawn(jobs, run),
                 Err(verdict) => self.concluded(jobs, verdict),
             };
@@ -202,19 +206,21 @@ impl Executor {
 
     /// The whole run as a future, for one that must not begin here and now.
     pub(super) fn run_of(
-        &mut self,
+        &self,
         jobs: &Jobs,
     ) -> Result<BoxFuture<'static, (Verdict, Option<Checkout>)>, Verdict> {
         if jobs.handler().transactional {
-            return self.transaction(jobs).map(FutureExt::boxed);
+            // It may wait for long: not with a connection.
+            return self.transaction(jobs, None).map(FutureExt::boxed);
         }
         let run = AssertUnwindSafe(jobs.handler().call(self.invocation(jobs))).catch_unwind();
         Ok(in_time(jobs.handler().timeout, run).boxed())
     }
 
     fn transaction(
-        &mut self,
+        &self,
         jobs: &Jobs,
+        checkout: Option<Checkout>,
     ) -> Result<impl Future<Output = (Verdict, Option<Checkout>)> + Send + use<>, Verdict> {
         let Some(membership) = &self.membership else {
             return Err(Verdict::from(Err(HandlerError::retry(
@@ -233,7 +239,7 @@ impl Executor {
         let desk = Desk {
             pool: self.plan.pool.clone(),
             ready_since: jobs.iter().filter_map(|job| job.ready_since).max(),
-            checkout: self.checkouts.pop(),
+            checkout,
         };
         Ok(settlement::run(
             desk,
