@@ -111,6 +111,7 @@ pub fn main() {
 
     let definitions: Vec<HandlerDefinition> = handlers![
         reserve_stock,
+        index,
         mail::send_receipt,
         refresh,
         rebuild,
@@ -119,7 +120,7 @@ pub fn main() {
         skipping,
         local,
     ];
-    assert_eq!(definitions.len(), 8);
+    assert_eq!(definitions.len(), 9);
     assert!(handlers![].is_empty());
     // The function is still one.
     drop(refresh(OrderPlaced { order_id: 1 }));
