@@ -259,7 +259,7 @@ async fn a_seek_back_takes_failed_messages_from_the_log_again_and_a_seek_on_keep
         if (failed, parked) == (4, 8) {
             Ok(())
         } else {
-            Err((failed, parked))
+            Err(format!("{failed} failed, {parked} parked"))
         }
     })
     .await;
