@@ -27,6 +27,8 @@ pub(crate) async fn run(args: RoleArgs) -> anyhow::Result<()> {
             .name(&args.name)
             .lease(plan::LEASE)
             .shutdown_grace(Duration::from_secs(4))
+            // So small that keys are parked and catch up.
+            .window(64)
             .state(instance.clone())
             .handlers(handlers![plain, effects, strict, nodes])
             .start()
