@@ -35,7 +35,7 @@ impl Dispatcher {
         }
     }
 
-    /// The pause between two steps under load (default 4 ms; never less than nine times what a step takes, up to 50 ms): a longer one makes larger steps, which cost less a message and come later.
+    /// The pause between two steps under load (default 4 ms; longer where there is more to do, up to 50 ms): a longer one makes larger steps, which cost less a message and come later.
     pub fn tick(mut self, tick: Duration) -> Self {
         self.tick = tick.max(Duration::from_millis(1));
         self

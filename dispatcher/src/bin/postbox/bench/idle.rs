@@ -13,8 +13,8 @@ use super::report::Report;
 const TRANSACTIONS: &str =
     "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()";
 
-/// Until sessions have told the server's statistics what they did, which they do at most once a second.
-const SETTLING: Duration = Duration::from_secs(3);
+/// Until sessions have told the server's statistics what they did, which they do within ten seconds once they are idle.
+const SETTLING: Duration = Duration::from_secs(12);
 
 pub(crate) async fn measure(ground: &mut Ground) -> anyhow::Result<Vec<Report>> {
     let span = ground.settings.span(30);
