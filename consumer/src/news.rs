@@ -13,8 +13,9 @@ use tokio::sync::broadcast;
 const BACKLOG: usize = 64;
 
 /// Dispatchers and consumers of this process that are connected to the same database of the same server since its last start.
-static DESKS: LazyLock<Mutex<HashMap<String, Weak<broadcast::Sender<Arc<News>>>>>> =
-    LazyLock::new(Mutex::default);
+static DESKS: LazyLock<Mutex<HashMap<String, Weak<Sender>>>> = LazyLock::new(Mutex::default);
+
+type Sender = broadcast::Sender<Arc<News>>;
 
 /// After a crash the server may not have what was told before, so what is told goes to those only who are connected to the same run of it: a crash
 /// ends all its processes.
@@ -32,7 +33,7 @@ pub struct News {
 }
 
 /// Where dispatchers of this process tell sessions of this process.
-pub struct Desk(Arc<broadcast::Sender<Arc<News>>>);
+pub struct Desk(Arc<Sender>);
 
 impl Desk {
     /// The one for the database at the other end.
@@ -43,7 +44,7 @@ impl Desk {
             return Ok(Self(sender));
         }
         desks.retain(|_, sender| sender.strong_count() > 0);
-        let sender = Arc::new(broadcast::Sender::new(BACKLOG));
+        let sender = Arc::new(Sender::new(BACKLOG));
         desks.insert(place, Arc::downgrade(&sender));
         Ok(Self(sender))
     }

@@ -234,7 +234,8 @@ impl TopicLog {
             if end >= block.end() {
                 return None;
             }
-            for offset in end..block.end().min(to) {
+            let start = end;
+            for offset in start..block.end().min(to) {
                 let index = (offset - block.base) as usize;
                 if is_of(keys, offset, block.key_hash(index)) {
                     if records.len() == limit {

@@ -678,7 +678,7 @@ async fn what_was_parked_has_its_transactional_effect_once_though_no_report_arri
         let up = up.clone();
         HandlerDefinition::new("handler")
             .group(GROUP)
-            .retry(quickly().unlimited())
+            .retry(Retry::fixed(Duration::from_secs(3)).unlimited())
             .concurrency(4)
             .argument::<Step>()
             .argument::<Tx>()
@@ -703,6 +703,9 @@ async fn what_was_parked_has_its_transactional_effect_once_though_no_report_arri
     publish_steps(bench.db.pool(), &steps(4, 60)).await;
     there_are(&bench, 180, "SELECT count(*) FROM effect").await;
     there_are(&bench, 1, "SELECT count(*) FROM postbox.parked_key").await;
+    // An attempt has just been recorded: no report is under way that would hold the head's row.
+    let quiet = "SELECT count(*) FROM postbox.redelivery WHERE due_at > postbox.clock() + interval '2 s'";
+    there_are(&bench, 1, quiet).await;
     // Reports wait, and nobody else does.
     let mut lock = bench.db.pool().begin().await.unwrap();
     let table = "LOCK TABLE postbox.parked_key IN EXCLUSIVE MODE";

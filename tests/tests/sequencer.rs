@@ -605,6 +605,12 @@ async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
     publish_alone(&mut one, "orders", "138").await;
     caller.small_step(&db, "orders", 1).await;
 
+    // Segments are of one slot.
+    insert_in_slot(&mut one, 3, 0, 1).await;
+    insert_in_slot(&mut one, 4, 2, 2).await;
+    caller.large_step(&db, 3).await;
+    assert_eq!(texts(&db, "t").await, ["0", "1", "2"]);
+
     let mut expected: Vec<String> = (0..=138).map(|n| n.to_string()).collect();
     // It was committed last.
     expected[135..138].rotate_left(1);
