@@ -353,7 +353,10 @@ async fn one(Json(n): Json<i64>, State(seen): State<Seen>) {
 }
 
 #[derive(Clone, Default)]
-struct Seen(Arc<Mutex<Vec<(char, Vec<i64>)>>>);
+struct Seen(Arc<Mutex<Vec<SeenBatch>>>);
+
+/// Which handler it was, and the numbers of its messages.
+type SeenBatch = (char, Vec<i64>);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_has_messages_of_its_handler_only_and_keys_keep_their_order_across_handlers() {

@@ -11,7 +11,7 @@ use postbox::log::{Segment, messages, segments};
 use postbox::{Offset, Outgoing, Publish};
 use postbox_dispatcher::Dispatcher;
 use postbox_testkit::{TestDatabase, TestPostgres, eventually};
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, Transaction};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, Row, Transaction};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
@@ -487,16 +487,7 @@ type Stepped = (i64, Option<String>, Vec<String>);
 
 impl Caller {
     async fn step(&mut self, db: &TestDatabase) -> Stepped {
-        let row: (
-            Option<i64>,
-            Option<String>,
-            Option<String>,
-            Option<i64>,
-            i64,
-            Option<String>,
-            Vec<String>,
-        );
-        row = sqlx::query_as(
+        let row = sqlx::query(
             "SELECT last_tick, last_look::text, last_topic, last_head, messages, news, \
                  ARRAY(SELECT convert_from(r.payload, 'UTF8') FROM unnest(rows) r) \
              FROM postbox.step($1, $2::text::pg_snapshot, $3, $4, 100)",
@@ -508,9 +499,9 @@ impl Caller {
         .fetch_one(db.pool())
         .await
         .expect("a step");
-        let (messages, news, rows);
-        (self.tick, self.look, self.topic, self.head, messages, news, rows) = row;
-        (messages, news, rows)
+        (self.tick, self.look) = (row.get(0), row.get(1));
+        (self.topic, self.head) = (row.get(2), row.get(3));
+        (row.get(4), row.get(5), row.get(6))
     }
 
     /// Takes a step that finds so many messages, all of one topic, and says where they are.
@@ -521,18 +512,18 @@ impl Caller {
         let [of, head, place] = news.split(' ').collect::<Vec<_>>()[..] else {
             panic!("{news}");
         };
-        let head: i64 = head.parse().unwrap();
-        let mut connection = db.connect().await.unwrap();
+        let head: i64 = head.parse().expect("as postbox.step says it");
+        let mut connection = db.connect().await.expect("as postbox.step says it");
         let stored = segments(&mut connection, topic, Offset::new(head - 1), 1)
             .await
-            .unwrap();
+            .expect("as postbox.step says it");
         assert_eq!(of, topic);
         assert_eq!(stored, [Segment::parse(head, place).expect("a place")]);
         assert_eq!(stored[0].base(), Offset::new(head - messages));
         let texts: Vec<String> = texts(db, topic).await.split_off((head - messages) as usize);
         let rows: Vec<String> = rows
             .iter()
-            .map(|row| serde_json::from_str(row).unwrap())
+            .map(|row| serde_json::from_str(row).expect("as postbox.step says it"))
             .collect();
         assert_eq!(rows, texts);
     }
