@@ -116,8 +116,6 @@ COMMENT ON COLUMN postbox.lane.crashes IS
 
 ------------------------------------------------------------------------------------------------------------------- the owner's side
 
-DROP FUNCTION postbox.claim(integer, integer, smallint[], integer[]);
-
 CREATE FUNCTION postbox.claim(
     by_consumer integer, of_subscription integer, wanted smallint[], seen_epochs integer[], owners_died boolean[]
 )
@@ -259,8 +257,6 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION postbox.record IS
     'A checkpoint with what became of messages that it passes without success, in one transaction. A state is one of redelivery''s, or done (settled now), or dead (to the dead letters); a null id means that the row is there. A parked key without an offset has caught up. What comes from a stale epoch is left out. Returns how many lanes, messages and parked keys were accepted.';
-
-DROP FUNCTION postbox.release(integer, integer, smallint[], integer[], bigint[], bigint[]);
 
 CREATE FUNCTION postbox.release(
     by_consumer integer, of_subscription integer, lanes smallint[], epochs integer[], positions bigint[], still_pending bigint[],

@@ -144,7 +144,7 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION postbox.lane_at IS 'The lane of the message at an offset; null if it is not retained.';
 
-CREATE OR REPLACE FUNCTION postbox.lane_state(of_subscription integer, of_lane smallint) RETURNS TABLE (
+CREATE FUNCTION postbox.lane_state(of_subscription integer, of_lane smallint) RETURNS TABLE (
     consumer_id integer, epoch integer, "position" bigint, pending bigint[]
 )
     LANGUAGE plpgsql STABLE
@@ -170,6 +170,7 @@ BEGIN
     END IF;
     RETURN QUERY SELECT l.consumer_id, l.epoch, l.position, l.pending;
 END $$;
+COMMENT ON FUNCTION postbox.lane_state IS 'Where a lane stands: its baseline, or its owner''s newest checkpoint.';
 
 CREATE FUNCTION postbox.unsettled(of_subscription integer) RETURNS TABLE (lane smallint, "position" bigint, pending bigint[])
     LANGUAGE plpgsql STABLE

@@ -26,15 +26,16 @@ pub(crate) enum Entry {
 }
 
 impl Block {
-    /// Of messages that have consecutive offsets from `base` on.
-    pub(crate) fn of(base: i64, messages: &[StoredMessage]) -> Self {
+    /// Of the offsets from `base` on.
+    pub(crate) fn new(base: i64, entries: Vec<Entry>) -> Self {
+        let bytes = entries.iter().map(|entry| match entry {
+            Entry::Message(message) => message.payload.len() + MESSAGE_OVERHEAD,
+            Entry::Unread(_) | Entry::Gone(_) => 0,
+        });
         Self {
             base,
-            bytes: messages
-                .iter()
-                .map(|message| message.payload.len() + MESSAGE_OVERHEAD)
-                .sum(),
-            entries: messages.iter().cloned().map(Entry::Message).collect(),
+            bytes: bytes.sum(),
+            entries,
         }
     }
 

@@ -536,7 +536,7 @@ impl Executor {
         // Nothing of its keys runs or waits here any more.
         let lanes = self.lane_count;
         self.keys
-            .retain(|key, _| crate::lane::lane_of(0, Some(*key), lanes) != lane);
+            .retain(|key, _| crate::lane::lane_of_key(*key, lanes) != lane);
     }
 
     async fn resync(&mut self) {

@@ -8,6 +8,11 @@ pub(crate) fn lane_of(offset: i64, key_hash: Option<i32>, lanes: u16) -> u16 {
     number.rem_euclid(i64::from(lanes)) as u16
 }
 
+/// The lane of a key.
+pub(crate) fn lane_of_key(key_hash: i32, lanes: u16) -> u16 {
+    lane_of(0, Some(key_hash), lanes)
+}
+
 /// A lane that this instance owns, as its executor sees it.
 #[derive(Debug)]
 pub(crate) struct OwnedLane {

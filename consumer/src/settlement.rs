@@ -81,7 +81,7 @@ const STALE: &str = "PB001";
 const NO_TRANSACTION: &str = "25P01";
 
 /// Where messages of this subscription get their transactions.
-pub(crate) struct Desk {
+pub(crate) struct Source {
     pub(crate) pool: PgPool,
     /// One that the message before left.
     pub(crate) checkout: Option<Checkout>,
@@ -91,18 +91,18 @@ pub(crate) struct Desk {
 
 /// Also gives back the transaction that follows on the same connection, if it is in order.
 pub(crate) async fn run(
-    desk: Desk,
+    source: Source,
     fence: Fence,
     handler: Arc<Handler>,
     mut invocation: Invocation,
 ) -> (Verdict, Option<Checkout>) {
-    let begun = match desk.checkout {
+    let begun = match source.checkout {
         Some(checkout) => {
             checkout
-                .not_before(desk.ready_since.unwrap_or_else(Instant::now))
+                .not_before(source.ready_since.unwrap_or_else(Instant::now))
                 .await
         }
-        None => Checkout::begin(&desk.pool).await,
+        None => Checkout::begin(&source.pool).await,
     };
     let checkout = match begun {
         Ok(checkout) => checkout,

@@ -79,7 +79,8 @@ impl TopicLog {
             let mut state = self.lock();
             if let Some(messages) = messages {
                 let generation = state.generation;
-                state.keep(Arc::new(Block::of(segment.base().get(), messages)), generation);
+                let entries = messages.iter().cloned().map(Entry::Message).collect();
+                state.keep(Arc::new(Block::new(segment.base().get(), entries)), generation);
             }
             state.extend_index(segment);
         }
@@ -300,7 +301,6 @@ impl TopicLog {
         )
         .await?;
 
-        let mut bytes = 0;
         let mut entries = Vec::with_capacity(found.len());
         let mut segments = segments.iter().peekable();
         for (offset, message) in (from..).zip(found) {
@@ -312,19 +312,12 @@ impl TopicLog {
                 .peek()
                 .and_then(|segment| segment.key_hash(Offset::new(offset)));
             entries.push(match message {
-                Some(message) => {
-                    bytes += message.payload.len() + MESSAGE_OVERHEAD;
-                    Entry::Message(message)
-                }
+                Some(message) => Entry::Message(message),
                 None if wants(offset, key) => Entry::Gone(key),
                 None => Entry::Unread(key),
             });
         }
-        Ok(Some(Block {
-            base: from,
-            entries,
-            bytes,
-        }))
+        Ok(Some(Block::new(from, entries)))
     }
 
     /// The known segments from the one that contains `from`.

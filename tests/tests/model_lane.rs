@@ -7,7 +7,10 @@
 
 use std::collections::BTreeSet;
 
-use stateright::{Checker, HasDiscoveries, Model, Property};
+use stateright::{Model, Property};
+
+mod checking;
+use checking::{assert_sound, broken};
 
 const MESSAGES: u8 = 3;
 const INSTANCES: usize = 2;
@@ -481,17 +484,7 @@ fn broken_by(variant: Variant, transactional: bool) -> Vec<&'static str> {
         variant,
         transactional,
     };
-    let checker = lane
-        .checker()
-        .threads(2)
-        .finish_when(HasDiscoveries::AnyFailures)
-        .spawn_bfs()
-        .join();
-    println!("{variant:?}: {} states", checker.unique_state_count());
-    [ONCE, NOTHING_LOST, NEVER_BACK, IN_ORDER, ALONE]
-        .into_iter()
-        .filter(|property| checker.discovery(property).is_some())
-        .collect()
+    broken(lane, variant, &[ONCE, NOTHING_LOST, NEVER_BACK, IN_ORDER, ALONE])
 }
 
 #[test]
@@ -500,9 +493,7 @@ fn no_crash_freeze_or_takeover_loses_reorders_or_doubles_a_transactional_message
         variant: Variant::Sound,
         transactional: true,
     };
-    let checker = lane.checker().threads(2).spawn_bfs().join();
-    println!("{} states", checker.unique_state_count());
-    checker.assert_properties();
+    assert_sound(lane);
 }
 
 #[test]
@@ -511,9 +502,7 @@ fn no_crash_freeze_or_takeover_loses_or_reorders_a_plain_message() {
         variant: Variant::Sound,
         transactional: false,
     };
-    let checker = lane.checker().threads(2).spawn_bfs().join();
-    println!("{} states", checker.unique_state_count());
-    checker.assert_properties();
+    assert_sound(lane);
 }
 
 #[test]

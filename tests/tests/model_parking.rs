@@ -6,7 +6,10 @@
 
 use std::collections::BTreeSet;
 
-use stateright::{Checker, HasDiscoveries, Model, Property};
+use stateright::{Model, Property};
+
+mod checking;
+use checking::{assert_sound, broken};
 
 const MESSAGES: u8 = 4;
 const CRASHES: u8 = 2;
@@ -338,17 +341,7 @@ fn broken_by(variant: Variant, transactional: bool) -> Vec<&'static str> {
         variant,
         transactional,
     };
-    let checker = lane
-        .checker()
-        .threads(2)
-        .finish_when(HasDiscoveries::AnyFailures)
-        .spawn_bfs()
-        .join();
-    println!("{variant:?}: {} states", checker.unique_state_count());
-    [ONCE, NOTHING_LOST, IN_ORDER]
-        .into_iter()
-        .filter(|property| checker.discovery(property).is_some())
-        .collect()
+    broken(lane, variant, &[ONCE, NOTHING_LOST, IN_ORDER])
 }
 
 #[test]
@@ -358,9 +351,7 @@ fn no_failure_and_no_crash_loses_reorders_or_doubles_a_parked_message() {
             variant: Variant::Sound,
             transactional,
         };
-        let checker = lane.checker().threads(2).spawn_bfs().join();
-        println!("{} states", checker.unique_state_count());
-        checker.assert_properties();
+        assert_sound(lane);
     }
 }
 

@@ -5,7 +5,10 @@
 
 use std::collections::BTreeSet;
 
-use stateright::{Checker, HasDiscoveries, Model, Property};
+use stateright::{Model, Property};
+
+mod checking;
+use checking::{assert_sound, broken};
 
 /// How many rows each transaction may insert.
 const ROWS: [u8; 3] = [2, 1, 1];
@@ -355,30 +358,18 @@ const CAUSAL: &str = "what was committed before a message was inserted precedes 
 
 /// The property that a variant breaks.
 fn broken_by(variant: Variant) -> Vec<&'static str> {
-    let checker = Sequencing { variant }
-        .checker()
-        .threads(2)
-        .finish_when(HasDiscoveries::AnyFailures)
-        .spawn_bfs()
-        .join();
-    println!("{variant:?}: {} states", checker.unique_state_count());
-    [ONLY_COMMITTED, ONCE, COMPLETE, CAUSAL]
-        .into_iter()
-        .filter(|property| checker.discovery(property).is_some())
-        .collect()
+    broken(
+        Sequencing { variant },
+        variant,
+        &[ONLY_COMMITTED, ONCE, COMPLETE, CAUSAL],
+    )
 }
 
 #[test]
 fn every_commit_order_gives_every_message_one_offset_in_causal_order() {
-    let checker = Sequencing {
+    assert_sound(Sequencing {
         variant: Variant::SnapshotDifference,
-    }
-    .checker()
-    .threads(2)
-    .spawn_bfs()
-    .join();
-    println!("{} states", checker.unique_state_count());
-    checker.assert_properties();
+    });
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tracing::{error, warn};
 
 use super::report::Afterwards;
 use super::{Ended, Executor};
-use crate::lane::lane_of;
+use crate::lane::{lane_of, lane_of_key};
 use crate::progress::{Counters, Intake};
 use crate::redelivery::{self, COPIES, Held, Parked};
 use crate::topic_log::OfKeys;
@@ -119,7 +119,7 @@ impl Executor {
         let ahead = (self.plan.window / 2 / waiting).clamp(1, AHEAD);
         let ready = |executor: &Self, key: i32| -> Option<(Parked, i64)> {
             let successors = executor.keys.get(&key).filter(|of| of.queue.len() < ahead)?;
-            let next = lanes.get(&lane_of(0, Some(key), executor.lane_count))?;
+            let next = lanes.get(&lane_of_key(key, executor.lane_count))?;
             Some((successors.parked.filter(|_| successors.catching_up)?, *next))
         };
         for _ in 0..waiting {
@@ -187,7 +187,7 @@ impl Executor {
         let lanes = self.lanes_past_their_cut();
         if read.gone > 0 {
             error!(topic = %self.plan.topic, group = %self.plan.group, messages = read.gone, "the rows of parked messages are gone; they are skipped");
-            (0..read.gone).for_each(|_| Counters::add(&self.plan.counters.gone));
+            Counters::add_all(&self.plan.counters.gone, read.gone);
         }
         let mut jobs: HashMap<i32, Vec<_>> = HashMap::new();
         for record in read.records {
@@ -208,7 +208,7 @@ impl Executor {
                 copies: None,
                 log: Some(from),
             });
-            let next = lanes.get(&lane_of(0, Some(key), self.lane_count));
+            let next = lanes.get(&lane_of_key(key, self.lane_count));
             let (Some(next), Some(successors)) = (next, self.keys.get_mut(&key)) else {
                 continue;
             };
@@ -252,9 +252,9 @@ impl Executor {
     }
 
     fn take_up_copies(&mut self, key: i32, from: i64, read: Vec<Held>) {
-        let is_past_its_cut =
-            self.lanes_past_their_cut()
-                .contains_key(&lane_of(0, Some(key), self.lane_count));
+        let is_past_its_cut = self
+            .lanes_past_their_cut()
+            .contains_key(&lane_of_key(key, self.lane_count));
         let Some(successors) = self.keys.get_mut(&key).filter(|of| of.catching_up) else {
             return;
         };

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::{Executor, Job};
 use crate::handler::Order;
 use crate::journal::ParkedFrom;
-use crate::lane::lane_of;
+use crate::lane::lane_of_key;
 use crate::redelivery::Parked;
 
 /// Beyond such a wait of the head, what waits behind it is not kept in memory, and does not hold its slot.
@@ -178,7 +178,7 @@ impl Executor {
 
     /// Notes from where on a key is parked, for the next report.
     pub(super) fn note_parked(&mut self, key: i32) {
-        let lane = lane_of(0, Some(key), self.lane_count);
+        let lane = lane_of_key(key, self.lane_count);
         let Some(epoch) = self.epoch(lane) else { return };
         let offset = self.parked(key).and_then(|parked| parked.log);
         self.journal

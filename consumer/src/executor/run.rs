@@ -18,7 +18,7 @@ use crate::extract::Invocation;
 use crate::handler::{HandlerError, Order, Outcome};
 use crate::journal::Fate;
 use crate::progress::{Counters, Intake};
-use crate::settlement::{self, Desk, Fence, Verdict};
+use crate::settlement::{self, Fence, Source, Verdict};
 
 /// The wait before a transaction that could not begin is tried again.
 const INFRASTRUCTURE_WAIT: Duration = Duration::from_millis(200);
@@ -236,13 +236,13 @@ impl Executor {
             messages: jobs.iter().map(|job| (job.lane, job.offset)).collect(),
             stored: jobs.first.stored,
         };
-        let desk = Desk {
+        let source = Source {
             pool: self.plan.pool.clone(),
             ready_since: jobs.iter().filter_map(|job| job.ready_since).max(),
             checkout,
         };
         Ok(settlement::run(
-            desk,
+            source,
             fence,
             jobs.handler().clone(),
             self.invocation(jobs),

@@ -12,7 +12,7 @@ use super::report::Afterwards;
 use super::{Executor, Job, Jobs};
 use crate::block::Record;
 use crate::journal::{Entry, Fate};
-use crate::lane::{OwnedLane, lane_of};
+use crate::lane::{OwnedLane, lane_of_key};
 use crate::settlement::Verdict;
 
 /// From so many dead owners in a row on.
@@ -179,7 +179,7 @@ impl Executor {
             let lanes = self.lane_count;
             let behind = self.keys.iter().any(|(key, successors)| {
                 successors.catching_up
-                    && lane_of(0, Some(*key), lanes) == *number
+                    && lane_of_key(*key, lanes) == *number
                     && successors
                         .parked
                         .is_some_and(|parked| parked.first() < lane.suspect_below)

@@ -1,16 +1,11 @@
 //! Whether a message costs the same when there is more of something else: groups, topics, keys, instances, backlog.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::ValueEnum;
-use postbox::Publish;
 
 use super::ground::Ground;
-use super::load::BATCH;
-use super::message::keyed;
+use super::load::{self, BATCH, Batch, Work};
 use super::report::Report;
 use super::rounds::median;
 use super::sink::Sink;
@@ -179,30 +174,7 @@ async fn cost(ground: &Ground, point: Point, messages: u64) -> anyhow::Result<f6
 
 /// In batches, spread over topics and keys.
 async fn publish(ground: &Ground, topics: &[String], keys: u64, messages: u64) -> anyhow::Result<()> {
-    let (next, topics) = (Arc::new(AtomicU64::new(0)), Arc::new(topics.to_vec()));
-    let mut clients = Vec::new();
-    for _ in 0..CLIENTS {
-        let mut connection = ground.pool.acquire().await?;
-        let (next, topics) = (next.clone(), topics.clone());
-        clients.push(tokio::spawn(async move {
-            loop {
-                let from = next.fetch_add(BATCH, Ordering::Relaxed);
-                if from >= messages {
-                    return anyhow::Ok(());
-                }
-                let batch = (from..from + BATCH).map(|n| {
-                    // Every topic gets every key.
-                    let topic = n % topics.len() as u64;
-                    keyed(&topics[topic as usize], n / topics.len() as u64 % keys)
-                });
-                let mut tx = sqlx::Connection::begin(&mut *connection).await?;
-                tx.publish_all(batch).await?;
-                tx.commit().await?;
-            }
-        }));
-    }
-    for client in clients {
-        client.await.context("a client ended")??;
-    }
-    Ok(())
+    let topics = topics.into();
+    let work = Work::Batch(Batch::Spread { topics, keys });
+    load::times(&ground.pool, CLIENTS, messages / BATCH, &work).await
 }

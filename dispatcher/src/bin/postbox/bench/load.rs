@@ -9,7 +9,7 @@ use postbox::Publish;
 use sqlx::{Connection, PgConnection, PgPool};
 
 use super::floor;
-use super::message::{PAYLOAD, key, message};
+use super::message::{PAYLOAD, key, keyed, message};
 
 /// What a client does again and again.
 #[derive(Debug, Clone)]
@@ -31,7 +31,14 @@ pub(crate) enum Beside {
 
 #[derive(Debug, Clone)]
 pub(crate) enum Batch {
-    Messages { topic: String },
+    Messages {
+        topic: String,
+    },
+    /// Over so many topics, each with all of so many keys.
+    Spread {
+        topics: Arc<[String]>,
+        keys: u64,
+    },
     Log,
     Queue,
 }
@@ -90,10 +97,13 @@ pub(crate) async fn times(pool: &PgPool, clients: usize, times: u64, work: &Work
         let mut connection = pool.acquire().await?;
         let (next, work) = (next.clone(), work.clone());
         tasks.push(tokio::spawn(async move {
-            while next.fetch_add(1, Ordering::Relaxed) < times {
-                work.once(&mut connection, 0).await?;
+            loop {
+                let n = next.fetch_add(1, Ordering::Relaxed);
+                if n >= times {
+                    return anyhow::Ok(());
+                }
+                work.once(&mut connection, n).await?;
             }
-            anyhow::Ok(())
         }));
     }
     for task in tasks {
@@ -106,7 +116,7 @@ impl Work {
     async fn once(&self, connection: &mut PgConnection, n: u64) -> anyhow::Result<u64> {
         match self {
             Work::Business(beside) => beside.transaction(connection, n).await.map(|()| 1),
-            Work::Batch(batch) => batch.transaction(connection).await.map(|()| BATCH),
+            Work::Batch(batch) => batch.transaction(connection, n).await.map(|()| BATCH),
         }
     }
 }
@@ -147,11 +157,19 @@ async fn insert(connection: &mut PgConnection, statement: &'static str, n: u64) 
 }
 
 impl Batch {
-    async fn transaction(&self, connection: &mut PgConnection) -> anyhow::Result<()> {
+    async fn transaction(&self, connection: &mut PgConnection, n: u64) -> anyhow::Result<()> {
         let mut tx = connection.begin().await?;
         match self {
             Batch::Messages { topic } => {
                 tx.publish_all((0..BATCH).map(|n| message(topic, n))).await?;
+            }
+            Batch::Spread { topics, keys } => {
+                let count = topics.len() as u64;
+                let batch = (n * BATCH..(n + 1) * BATCH).map(|n| {
+                    let key = n / count % keys;
+                    keyed(&topics[(n % count) as usize], key.to_string())
+                });
+                tx.publish_all(batch).await?;
             }
             Batch::Log => floor::insert_batch(&mut tx, floor::LOG_INSERT, BATCH).await?,
             Batch::Queue => floor::insert_batch(&mut tx, floor::QUEUE_INSERT_BATCH, BATCH).await?,

@@ -13,11 +13,11 @@ pub(crate) fn key(n: u64) -> String {
 }
 
 pub(crate) fn message(topic: &str, n: u64) -> Outgoing {
-    Outgoing::bytes(topic.to_owned(), JSON, PAYLOAD).key(key(n))
+    keyed(topic, key(n))
 }
 
-pub(crate) fn keyed(topic: &str, key: u64) -> Outgoing {
-    Outgoing::bytes(topic.to_owned(), JSON, PAYLOAD).key(key.to_string())
+pub(crate) fn keyed(topic: &str, key: String) -> Outgoing {
+    Outgoing::bytes(topic.to_owned(), JSON, PAYLOAD).key(key)
 }
 
 /// Without a key, with its number as its payload.
