@@ -300,6 +300,13 @@ COMMENT ON COLUMN postbox.dedup.expires_at IS 'End of the window.';
 
 --------------------------------------------------------------------------------------------------------------------- the ring
 
+-- Arrays that are too long for a page are not compressed before they go elsewhere: that would be a third of the cost of a large step.
+ALTER TABLE postbox.segment
+    ALTER xids SET STORAGE EXTERNAL, ALTER seqs SET STORAGE EXTERNAL, ALTER keys SET STORAGE EXTERNAL;
+ALTER TABLE postbox.checkpoint
+    ALTER lanes SET STORAGE EXTERNAL, ALTER epochs SET STORAGE EXTERNAL, ALTER positions SET STORAGE EXTERNAL,
+    ALTER pending SET STORAGE EXTERNAL, ALTER pending_lanes SET STORAGE EXTERNAL;
+
 DO $$
 BEGIN
     FOR slot IN 0..7 LOOP
@@ -466,23 +473,37 @@ COMMENT ON SEQUENCE postbox.tick_id IS
     'Numbers the ticks, under the sequencer''s lock: while its last value is the id of a tick that was committed, that tick is the newest.';
 
 CREATE FUNCTION postbox.step(
-    INOUT last_tick bigint, INOUT last_look pg_snapshot, INOUT last_topic text DEFAULT NULL, INOUT last_head bigint DEFAULT NULL,
-    wanted_bytes integer DEFAULT NULL,
+    INOUT last_tick bigint, INOUT last_look pg_snapshot, INOUT last_seq bigint DEFAULT NULL, INOUT last_slot smallint DEFAULT NULL,
+    INOUT last_topic text DEFAULT NULL, INOUT last_head bigint DEFAULT NULL, wanted_bytes integer DEFAULT NULL,
     OUT messages bigint, OUT topics text[], OUT heads bigint[], OUT counts bigint[], OUT news text, OUT rows postbox.outbox[]
 )
-    LANGUAGE plpgsql
-    -- Plans made while the tables were empty would scan sequentially for ever; and the cost that enable_seqscan adds
-    -- switches JIT on, which takes hundreds of milliseconds.
-    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
-#variable_conflict use_column
+    LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
 DECLARE
-    newest    bigint;
-    last_xmax xid8;
-    last_xip  xid8[];
-    foreigner text;
-    few       record;
-    is_lean   boolean := false;
-    place     text := '-';
+    look        pg_snapshot;
+    last_xmax   xid8 := '0';
+    last_xip    xid8[] := '{}';
+    latest      bigint;
+    is_lean     boolean := false;
+    place       text;
+    ignored     text;
+    -- The segment that is being made.
+    topic       text;
+    slot        smallint := -2;
+    count       integer := 0;
+    bytes       bigint := 0;
+    xids        xid8[];
+    seqs        bigint[];
+    keys        integer[];
+    first_head  bigint;
+    -- The next message.
+    its_slot    smallint;
+    its_xid     xid8;
+    its_seq     bigint;
+    its_topic   text;
+    its_key     integer;
+    its_bytes   integer;
+    its_row     postbox.outbox[];
 BEGIN
     messages := 0;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -494,130 +515,161 @@ BEGIN
         RAISE EXCEPTION 'postbox.sequence() must run in a transaction of its own, before anything is written in it'
             USING HINT = 'Commit first.';
     END IF;
-    PERFORM pg_advisory_xact_lock(1347571761, 1);
+    -- An assignment, since a PERFORM starts a query.
+    ignored := pg_advisory_xact_lock(1347571761, 1)::text;
 
     -- What the caller looked at last is where to go on if nobody took a step since; otherwise the newest tick is.
-    SELECT t.last_value INTO newest FROM postbox.tick_id t;
-    IF last_tick IS DISTINCT FROM newest OR last_look IS NULL THEN
+    IF last_look IS NULL OR last_tick IS DISTINCT FROM pg_sequence_last_value('postbox.tick_id') THEN
         -- Only here: a look that is passed back was taken in this cluster.
-        foreigner := postbox.foreign_xids();
-        IF foreigner IS NOT NULL THEN
-            RAISE EXCEPTION 'postbox must not go on here: %', foreigner USING ERRCODE = 'PB002',
+        ignored := postbox.foreign_xids();
+        IF ignored IS NOT NULL THEN
+            RAISE EXCEPTION 'postbox must not go on here: %', ignored USING ERRCODE = 'PB002',
                 HINT = 'The database was restored from another cluster. A dispatcher that starts puts it right by itself; by hand: postbox rebase, or SELECT * FROM postbox.rebase()';
         END IF;
         SELECT t.id, t.snapshot INTO last_tick, last_look FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
+        last_seq := NULL;
         last_topic := NULL;
-    ELSIF pg_current_snapshot()::text = last_look::text THEN
+    END IF;
+    look := pg_current_snapshot();
+    IF look::text = last_look::text THEN
         -- The same transactions are finished as at the last look: nothing can be new.
         RETURN;
     END IF;
-    IF last_look IS NULL THEN
-        last_xmax := '0';
-        last_xip := '{}';
-    ELSE
+    IF last_look IS NOT NULL THEN
         last_xmax := pg_snapshot_xmax(last_look);
-        last_xip := ARRAY(SELECT pg_snapshot_xip(last_look));
     END IF;
 
-    -- Where steps are small, most of their time is starting the statement below: a few messages of one topic do without it. This looks at no
-    -- more than it must to tell, and is the same: what this statement's snapshot, which the tick records, sees and the last did not.
-    SELECT count(*) AS count, min(f.topic) AS topic, max(f.topic) AS other_topic, min(f.slot) AS slot, max(f.slot) AS other_slot,
-        sum(f.bytes) AS bytes, array_agg(f.xid) AS xids, array_agg(f.seq) AS seqs, count(f.key) AS keyed,
-        array_agg(postbox.key_hash(f.key)) AS keys, array_agg(f.o) FILTER (WHERE f.bytes <= wanted_bytes) AS rows, pg_current_snapshot() AS look
-    INTO few
-    FROM (
-        SELECT g.* FROM (
-            SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes, o FROM postbox.outbox o
-            WHERE o.xid >= last_xmax LIMIT 65
-        ) g ORDER BY g.seq
-    ) f;
-    is_lean := few.count = 0 OR few.count < 65 AND few.topic = few.other_topic AND few.slot = few.other_slot;
-    IF is_lean AND last_xip <> '{}' THEN
-        -- This snapshot is newer: what it does not see, the one above did not see.
-        is_lean := NOT EXISTS (SELECT FROM postbox.outbox o WHERE o.xid = ANY (last_xip));
-    END IF;
-    IF is_lean AND few.count = 0 THEN
-        last_look := few.look;
-        RETURN;
+    -- Where steps are small, most of their time is starting the statement further below: a few messages of one topic and slot do without it.
+    -- Every number up to last_seq is dealt with, so if those found here are all that were given since, nothing else can be new. No aggregates
+    -- and no sorting: they cost more to start than a few messages in a loop.
+    IF last_seq IS NOT NULL THEN
+        is_lean := true;
+        FOR its_xid, its_seq, its_topic, its_key, its_bytes, its_row, look IN
+            SELECT o.xid, o.seq, o.topic, postbox.key_hash(o.key), octet_length(o.payload),
+                CASE WHEN octet_length(o.payload) <= wanted_bytes THEN ARRAY[o] END, pg_current_snapshot()
+            FROM postbox.outbox o WHERE o.slot = last_slot AND o.xid >= last_xmax LIMIT 65
+        LOOP
+            IF its_seq <= coalesce(seqs[count], last_seq) OR its_topic <> topic OR count = 64 THEN
+                is_lean := false;
+                EXIT;
+            END IF;
+            count := count + 1;
+            topic := its_topic;
+            xids[count] := its_xid;
+            seqs[count] := its_seq;
+            keys[count] := its_key;
+            bytes := bytes + its_bytes;
+            rows := rows || its_row;
+        END LOOP;
+        -- After the statement, whose snapshot sees no number that is given later.
+        latest := pg_sequence_last_value('postbox.outbox_seq');
+        is_lean := is_lean AND count = latest - last_seq;
     END IF;
     IF is_lean THEN
-        last_look := few.look;
-        IF last_topic IS DISTINCT FROM few.topic THEN
-            last_topic := few.topic;
-            last_head := postbox.next_offset(last_topic);
+        last_look := look;
+        last_seq := latest;
+        IF count = 0 THEN
+            RETURN;
+        END IF;
+        IF last_topic IS DISTINCT FROM topic THEN
+            last_topic := topic;
+            last_head := postbox.next_offset(topic);
         END IF;
         IF last_head = 0 THEN
-            INSERT INTO postbox.topic (name) VALUES (last_topic) ON CONFLICT DO NOTHING;
+            INSERT INTO postbox.topic (name) VALUES (topic) ON CONFLICT DO NOTHING;
         END IF;
+        slot := last_slot;
         INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
-        VALUES (few.slot, last_topic, last_head, few.count, few.bytes, few.xids, few.seqs, CASE WHEN few.keyed > 0 THEN few.keys END);
-        INSERT INTO postbox.tick (id, snapshot) VALUES (nextval('postbox.tick_id'), last_look) RETURNING id INTO last_tick;
-        last_head := last_head + few.count;
-        messages := few.count;
-        topics := ARRAY[last_topic];
-        heads := ARRAY[last_head];
-        counts := ARRAY[messages];
-        place := concat_ws(':', few.slot, few.bytes, array_to_string(few.xids, ','), array_to_string(few.seqs, ','),
-            array_to_string(few.keys, ',', '-'));
-        IF cardinality(few.rows) = few.count THEN
-            rows := few.rows;
+        VALUES (slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
+        messages := count;
+        last_head := last_head + count;
+        IF cardinality(rows) < count THEN
+            rows := NULL;
         END IF;
     ELSE
-        last_topic := NULL;
-        WITH
-        -- What became visible since the last tick. Its own snapshot, the one recorded in the new tick, is this statement's.
-        fresh AS MATERIALIZED (
-            SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
+        IF last_look IS NOT NULL THEN
+            last_xip := ARRAY(SELECT pg_snapshot_xip(last_look));
+        END IF;
+        latest := pg_sequence_last_value('postbox.outbox_seq');
+        topic := NULL;
+        count := 0;
+        rows := NULL;
+        -- What became visible since the last tick, by seq, not by xid: a transaction's xid may be older than its insert. The last row is none:
+        -- it has this statement's snapshot, for the new tick.
+        FOR its_slot, its_xid, its_seq, its_topic, its_key, its_bytes, look IN
+            SELECT o.slot, o.xid, o.seq, o.topic COLLATE "C", postbox.key_hash(o.key), octet_length(o.payload), NULL::pg_snapshot
+            FROM postbox.outbox o
             WHERE o.xid >= last_xmax
             UNION ALL
-            SELECT o.slot, o.xid, o.seq, o.topic, o.key, octet_length(o.payload) AS bytes FROM postbox.outbox o
+            SELECT o.slot, o.xid, o.seq, o.topic COLLATE "C", postbox.key_hash(o.key), octet_length(o.payload), NULL FROM postbox.outbox o
             WHERE o.xid = ANY (last_xip)
-        ),
-        tick AS (
-            INSERT INTO postbox.tick (id, snapshot)
-            SELECT nextval('postbox.tick_id'), pg_current_snapshot() WHERE EXISTS (SELECT FROM fresh)
-            RETURNING id
-        ),
-        -- By seq, not by xid: a transaction's xid may be older than its insert.
-        numbered AS (
-            SELECT f.*, row_number() OVER by_seq - 1 AS n, f.slot <> lag(f.slot, 1, f.slot) OVER by_seq AS turns
-            FROM fresh f
-            WINDOW by_seq AS (PARTITION BY f.topic ORDER BY f.seq)
-        ),
-        -- Cut where the slot changes; grouping by slot would reorder around a slot's boundary.
-        islands AS (
-            SELECT n.*, count(*) FILTER (WHERE n.turns) OVER (PARTITION BY n.topic ORDER BY n.seq) AS island FROM numbered n
-        ),
-        pieces AS (
-            SELECT i.topic, min(i.n) AS first, count(*) AS count, min(i.slot) AS slot, sum(i.bytes) AS bytes,
-                array_agg(i.xid ORDER BY i.seq) AS xids,
-                array_agg(i.seq ORDER BY i.seq) AS seqs,
-                CASE WHEN count(i.key) > 0 THEN array_agg(postbox.key_hash(i.key) ORDER BY i.seq) END AS keys
-            FROM islands i
-            GROUP BY i.topic, i.island, i.n / 1024
-        ),
-        topics AS MATERIALIZED (
-            SELECT p.topic, sum(p.count)::bigint AS messages, postbox.next_offset(p.topic) AS next_offset FROM pieces p GROUP BY p.topic
-        ),
-        first_seen AS (
-            INSERT INTO postbox.topic (name) SELECT t.topic FROM topics t WHERE t.next_offset = 0 ON CONFLICT DO NOTHING
-        ),
-        appended AS (
-            INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
-            SELECT p.slot, p.topic, t.next_offset + p.first, p.count, p.bytes, p.xids, p.seqs, p.keys
-            FROM pieces p JOIN topics t ON t.topic = p.topic
-        )
-        SELECT array_agg(t.topic), array_agg(t.next_offset + t.messages), array_agg(t.messages), pg_current_snapshot(),
-            coalesce((SELECT id FROM tick), last_tick), coalesce(sum(t.messages), 0)
-        INTO topics, heads, counts, last_look, last_tick, messages FROM topics t;
+            UNION ALL
+            SELECT -1, NULL, NULL, NULL, NULL, NULL, pg_current_snapshot()
+            ORDER BY 4, 3
+        LOOP
+            -- Cut where the slot changes; grouping by slot would reorder around a slot's boundary.
+            IF count = 1024 OR its_slot <> slot OR its_topic IS DISTINCT FROM topic THEN
+                IF count > 0 THEN
+                    INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
+                    VALUES (slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
+                    messages := messages + count;
+                    last_head := last_head + count;
+                    last_slot := slot;
+                END IF;
+                IF topic IS NOT NULL AND its_topic IS DISTINCT FROM topic THEN
+                    topics := topics || topic;
+                    heads := heads || last_head;
+                    counts := counts || last_head - first_head;
+                END IF;
+                EXIT WHEN its_topic IS NULL;
+                IF its_topic IS DISTINCT FROM topic THEN
+                    topic := its_topic;
+                    first_head := postbox.next_offset(topic);
+                    last_head := first_head;
+                    IF first_head = 0 THEN
+                        INSERT INTO postbox.topic (name) VALUES (topic) ON CONFLICT DO NOTHING;
+                    END IF;
+                END IF;
+                slot := its_slot;
+                count := 0;
+                bytes := 0;
+                xids := '{}';
+                seqs := '{}';
+                keys := '{}';
+            END IF;
+            count := count + 1;
+            xids[count] := its_xid;
+            seqs[count] := its_seq;
+            keys[count] := its_key;
+            bytes := bytes + its_bytes;
+        END LOOP;
+        last_look := look;
+        last_topic := topic;
+        last_seq := NULL;
+        IF messages = 0 THEN
+            RETURN;
+        END IF;
+        -- The first transaction that got an id after that snapshot is this one, and none with an older id was open: so none was open that had
+        -- one, and it has one before its first number, since defaults are evaluated in the order of the columns.
+        IF pg_current_xact_id() = pg_snapshot_xmax(look) AND pg_snapshot_xmin(look) = pg_snapshot_xmax(look) THEN
+            last_seq := latest;
+        END IF;
     END IF;
+    last_tick := nextval('postbox.tick_id');
+    INSERT INTO postbox.tick (id, snapshot) VALUES (last_tick, look);
 
     -- Every consumer that is there to be woken holds this shared; held to the commit here, so that one which comes
     -- meanwhile waits and then looks.
-    IF topics IS NOT NULL AND NOT pg_try_advisory_xact_lock(1347571761, 3) THEN
-        -- A name that a plain INSERT got past the alphabet is found by the poll.
-        SELECT coalesce(string_agg(concat_ws(' ', t.topic, t.head, place), ' '), '') INTO news FROM unnest(topics, heads) AS t (topic, head)
-        WHERE t.topic !~ '[^A-Za-z0-9._:/-]';
+    IF NOT pg_try_advisory_xact_lock(1347571761, 3) THEN
+        -- Where a few messages are is told at once; others look. A name that a plain INSERT got past the alphabet is found by the poll.
+        IF messages = count AND count <= 64 THEN
+            news := CASE WHEN last_topic ~ '[^A-Za-z0-9._:/-]' THEN '' ELSE
+                concat_ws(' ', last_topic, last_head, concat_ws(':', slot, bytes, array_to_string(xids, ','), array_to_string(seqs, ','),
+                    array_to_string(keys, ',', '-'))) END;
+        ELSE
+            SELECT coalesce(string_agg(concat_ws(' ', t.topic, t.head, '-'), ' '), '') INTO news FROM unnest(topics, heads) AS t (topic, head)
+            WHERE t.topic !~ '[^A-Za-z0-9._:/-]';
+        END IF;
         IF octet_length(news) > 7000 THEN
             news := '';
         END IF;
@@ -625,10 +677,14 @@ BEGIN
     END IF;
 END $$;
 COMMENT ON FUNCTION postbox.step IS
-    'One step of the sequencer: gives every message that became visible since the last step its offset, and says which topics have new heads. A caller that passes back what it was returned saves looking that up. news is what consumers are told: topic, head, and where the messages are or -, for each topic; empty if that is too much. Any number may call it at once. Fails (PB002) in a database that was restored from another cluster, until postbox.rebase().';
+    'One step of the sequencer: gives every message that became visible since the last step its offset. To be called with the settings of postbox.sequence. A caller that passes back what it was returned in last_… saves looking that up, and is then not told topics, heads and counts where messages are few. news is what consumers are told: topic, head, and where the messages are or -, for each topic; empty if that is too much. rows are the messages, if they are few and none is longer than the caller wants. Any number may call it at once. Fails (PB002) in a database that was restored from another cluster, until postbox.rebase().';
 
 CREATE FUNCTION postbox.sequence() RETURNS TABLE (topic text, head bigint, messages bigint)
-    LANGUAGE sql VOLATILE AS $$
+    LANGUAGE sql VOLATILE
+    -- Plans made while the tables were empty would scan sequentially for ever; and the cost that enable_seqscan adds
+    -- switches JIT on, which takes hundreds of milliseconds. A dispatcher has them as settings of its session, since changing them costs too much
+    -- for a small step.
+    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
     SELECT u.* FROM postbox.step(NULL, NULL) s, unnest(s.topics, s.heads, s.counts) AS u (topic, head, messages)
 $$;
 COMMENT ON FUNCTION postbox.sequence IS 'One step of the sequencer, for use by hand; a row is a topic that got messages.';

@@ -25,7 +25,9 @@ pub async fn open(
     let mut listener = PgListener::connect_with(&pool).await?;
     listener.ignore_pool_close_event(true);
     listener.eager_reconnect(false);
-    listener.listen_all(channels.iter().copied()).await?;
+    if !channels.is_empty() {
+        listener.listen_all(channels.iter().copied()).await?;
+    }
     Ok((listener, pool))
 }
 

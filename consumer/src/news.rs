@@ -3,6 +3,7 @@
 //! It reaches every session through the server, and those in the dispatcher's own process at once. Not part of the API.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 use postbox::log::{Segment, StoredMessage};
@@ -13,9 +14,13 @@ use tokio::sync::broadcast;
 const BACKLOG: usize = 64;
 
 /// Dispatchers and consumers of this process that are connected to the same database of the same server since its last start.
-static DESKS: LazyLock<Mutex<HashMap<String, Weak<Sender>>>> = LazyLock::new(Mutex::default);
+static DESKS: LazyLock<Mutex<HashMap<String, Weak<Shared>>>> = LazyLock::new(Mutex::default);
 
-type Sender = broadcast::Sender<Arc<News>>;
+struct Shared {
+    news: broadcast::Sender<Arc<News>>,
+    /// How many steps are being taken.
+    steps: AtomicUsize,
+}
 
 /// After a crash the server may not have what was told before, so what is told goes to those only who are connected to the same run of it: a crash
 /// ends all its processes.
@@ -33,35 +38,58 @@ pub struct News {
 }
 
 /// Where dispatchers of this process tell sessions of this process.
-pub struct Desk(Arc<Sender>);
+pub struct Desk(Arc<Shared>);
+
+/// A step is being taken, until it is dropped.
+pub struct Stepping<'a>(&'a AtomicUsize);
+
+impl Drop for Stepping<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 impl Desk {
     /// The one for the database at the other end.
     pub async fn of(connection: impl PgExecutor<'_>) -> Result<Self, sqlx::Error> {
         let place: String = sqlx::query_scalar(PLACE).fetch_one(connection).await?;
         let mut desks = DESKS.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(sender) = desks.get(&place).and_then(Weak::upgrade) {
-            return Ok(Self(sender));
+        if let Some(shared) = desks.get(&place).and_then(Weak::upgrade) {
+            return Ok(Self(shared));
         }
-        desks.retain(|_, sender| sender.strong_count() > 0);
-        let sender = Arc::new(Sender::new(BACKLOG));
-        desks.insert(place, Arc::downgrade(&sender));
-        Ok(Self(sender))
+        desks.retain(|_, shared| shared.strong_count() > 0);
+        let shared = Arc::new(Shared {
+            news: broadcast::Sender::new(BACKLOG),
+            steps: AtomicUsize::new(0),
+        });
+        desks.insert(place, Arc::downgrade(&shared));
+        Ok(Self(shared))
+    }
+
+    /// To be kept until what the step found is told.
+    pub fn stepping(&self) -> Stepping<'_> {
+        self.0.steps.fetch_add(1, Ordering::Relaxed);
+        Stepping(&self.0.steps)
+    }
+
+    /// Whether there may be news in a moment.
+    pub(crate) fn expects_news(&self) -> bool {
+        self.0.steps.load(Ordering::Relaxed) > 0
     }
 
     /// Tells it to those who listen.
     pub fn tell(&self, news: News) {
         // Nobody may be there.
-        let _ = self.0.send(Arc::new(news));
+        let _ = self.0.news.send(Arc::new(news));
     }
 
     /// Whether anybody listens.
     pub fn is_attended(&self) -> bool {
-        self.0.receiver_count() > 0
+        self.0.news.receiver_count() > 0
     }
 
     pub(crate) fn listen(&self) -> broadcast::Receiver<Arc<News>> {
-        self.0.subscribe()
+        self.0.news.subscribe()
     }
 }
 

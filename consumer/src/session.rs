@@ -37,6 +37,8 @@ const LOOK_SOON: Duration = Duration::from_millis(50);
 /// For how long the lock of an instance must be seen missing before its lanes are taken: an instance that lost its connection stops its
 /// handlers within this time, so no key runs in two places.
 const GRACE_WITHOUT_LOCK: Duration = Duration::from_secs(1);
+/// The answer to a step comes right after the notification that it sends.
+const A_MOMENT: Duration = Duration::from_millis(2);
 /// Every how many looks the topics' heads are read, in case a notification was lost.
 const HEADS_EVERY: u32 = 2;
 /// Least time between two checkpoints.
@@ -54,7 +56,7 @@ pub(crate) struct Session {
     listener: PgListener,
     /// From a dispatcher in this process, for as long as the desk is kept.
     news: broadcast::Receiver<Arc<News>>,
-    _desk: Desk,
+    desk: Desk,
     lease: Arc<Lease>,
     lease_span: Duration,
     heartbeat_at: Instant,
@@ -245,7 +247,7 @@ impl Session {
             name: process.settings.name.clone(),
             pool,
             news: desk.listen(),
-            _desk: desk,
+            desk,
             listener,
             lease,
             lease_span,
@@ -296,6 +298,12 @@ impl Session {
                 () = token.cancelled() => return Ok(()),
                 notification = self.listener.try_recv() => match notification? {
                     Some(notification) => {
+                        // The same with the messages, if it is about to come from this process: then they need not be read.
+                        if self.desk.expects_news()
+                            && let Ok(Ok(news)) = tokio::time::timeout(A_MOMENT, self.news.recv()).await
+                        {
+                            tell(process, &news.text, news.messages.as_deref());
+                        }
                         if !tell(process, notification.payload(), None) {
                             self.looks = 0;
                             next_look = Instant::now();

@@ -6,7 +6,7 @@ use postbox_consumer::link::{self, in_time};
 use sqlx::PgPool;
 use sqlx::postgres::{PgListener, PgNotification};
 
-/// Without work for so long, one that polls goes to sleep.
+/// One that polls goes to sleep after so long without work.
 pub(crate) const BUSY_FOR: Duration = Duration::from_millis(60);
 /// How long a sleeper sleeps at most: for what does not ring, and for a ring that was lost with a connection.
 pub(crate) const SLEEPING_POLL: Duration = Duration::from_secs(1);
@@ -15,7 +15,7 @@ pub(crate) const WAITING_POLL: Duration = Duration::from_millis(20);
 /// Another dispatcher is at the bell, so this one only steps in if that one does not answer for so long.
 pub(crate) const STANDBY_WAIT: Duration = Duration::from_millis(100);
 /// So many rings within so long: from then on polling is cheaper than being rung.
-const RUSH: (u32, Duration) = (6, Duration::from_millis(40));
+const RUSH: (u32, Duration) = (16, Duration::from_millis(100));
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Whoever can take it exclusively has nobody in flight who thinks him awake.
@@ -27,7 +27,7 @@ const IS_TAKEN: &str = "SELECT EXISTS (SELECT FROM pg_locks l WHERE l.locktype =
      AND l.objid = $1::oid AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock' \
      AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()))";
 
-/// A connection that hears a bell's rings; everything that must not outlive its hold on the bell goes through it.
+/// A connection that may hold a bell; everything that must not outlive its hold on it goes through it.
 pub(crate) struct Bell {
     lock: i32,
     pub(crate) connection: PgListener,
@@ -46,7 +46,7 @@ pub(crate) enum Taken {
 }
 
 impl Bell {
-    /// Connects under this application name, sets `settings`, and hears these channels. `lock` is the bell's advisory lock in class 1347571761.
+    /// Connects under this application name, sets `settings`, and listens to these channels. `lock` is the bell's advisory lock in class 1347571761.
     pub(crate) async fn connect(
         pool: &PgPool,
         lock: i32,
@@ -91,19 +91,21 @@ impl Bell {
     pub(crate) async fn rings(
         &mut self,
         at_most: Duration,
-        mut hear: impl FnMut(&PgNotification),
+        is_ring: impl Fn(&PgNotification) -> bool,
     ) -> Result<u32, sqlx::Error> {
-        let first = match tokio::time::timeout(at_most, self.connection.try_recv()).await {
-            Ok(Ok(Some(notification))) => notification,
-            Ok(Ok(None)) => return Err(closed()),
-            Ok(Err(error)) => return Err(error),
-            Err(_) => return Ok(0),
-        };
-        hear(&first);
-        let mut rings = 1;
-        while let Some(notification) = self.connection.next_buffered() {
-            hear(&notification);
-            rings += 1;
+        let end = tokio::time::Instant::now() + at_most;
+        let mut rings = 0;
+        while rings == 0 {
+            let first = match tokio::time::timeout_at(end, self.connection.try_recv()).await {
+                Ok(Ok(Some(notification))) => notification,
+                Ok(Ok(None)) => return Err(closed()),
+                Ok(Err(error)) => return Err(error),
+                Err(_) => return Ok(0),
+            };
+            rings += u32::from(is_ring(&first));
+            while let Some(notification) = self.connection.next_buffered() {
+                rings += u32::from(is_ring(&notification));
+            }
         }
         Ok(rings)
     }

@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use postbox_consumer::link::Reconnect;
 use sqlx::PgPool;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::ear::{Ear, Rings};
 use crate::sequencer::{Counters, Sequencer};
 use crate::timers::{self, Timers};
 use crate::{expiry, restore, retention};
@@ -58,11 +60,20 @@ impl Dispatcher {
             retention::set_keep(&self.pool, keep).await?;
         }
         let counters = Arc::new(Counters::default());
-        let sequencer = self.connect(&counters).await?;
+        let (ear, heard) = Ear::new();
+        let sequencer = self.connect(&ear, &counters).await?;
         let timing = Arc::new(timers::Counters::default());
-        let timers = Timers::connect(&self.pool, self.tick, timing.clone()).await?;
+        let timers = Timers::connect(&self.pool, self.tick, heard.clone(), timing.clone()).await?;
         let token = CancellationToken::new();
-        let serve = self.serve(sequencer, timers, counters.clone(), timing.clone(), token.clone());
+        let parts = Parts {
+            sequencer,
+            timers,
+            ear,
+            heard,
+            counters: counters.clone(),
+            timing: timing.clone(),
+        };
+        let serve = self.serve(parts, token.clone());
         let task = tokio::spawn(serve);
         Ok(DispatcherHandle {
             token,
@@ -73,9 +84,9 @@ impl Dispatcher {
     }
 
     /// What answers may be another cluster than before.
-    async fn connect(&self, counters: &Arc<Counters>) -> Result<Sequencer, postbox::Error> {
+    async fn connect(&self, ear: &Ear, counters: &Arc<Counters>) -> Result<Sequencer, postbox::Error> {
         restore::rebase_if_restored(&self.pool).await?;
-        Ok(Sequencer::connect(&self.pool, self.tick, counters.clone()).await?)
+        Ok(Sequencer::connect(&self.pool, self.tick, ear.clone(), counters.clone()).await?)
     }
 
     /// Runs until `shutdown` completes.
@@ -86,34 +97,28 @@ impl Dispatcher {
         Ok(())
     }
 
-    async fn serve(
-        self,
-        first: Sequencer,
-        first_timers: Timers,
-        counters: Arc<Counters>,
-        timing: Arc<timers::Counters>,
-        token: CancellationToken,
-    ) {
+    async fn serve(self, parts: Parts, token: CancellationToken) {
         let (pool, tick) = (&self.pool, self.tick);
         let expiry = expiry::run(pool.clone());
         let retention = retention::run(pool.clone());
         let sequencing = async {
-            let mut sequencer = first;
+            let mut sequencer = parts.sequencer;
             info!("dispatching");
             loop {
                 let error = sequencer.run().await;
                 warn!(%error, "lost the connection; connecting again");
-                sequencer = reconnect(|| self.connect(&counters)).await;
+                sequencer = reconnect(|| self.connect(&parts.ear, &parts.counters)).await;
                 info!("connected again");
             }
         };
         // On a connection of their own, so that a burst that becomes due does not hold up what is published now.
         let timers = async {
-            let mut timers = first_timers;
+            let mut timers = parts.timers;
             loop {
                 let error = timers.run().await;
                 warn!(%error, "the timers lost their connection; connecting again");
-                timers = reconnect(|| Timers::connect(pool, tick, timing.clone())).await;
+                let connect = || Timers::connect(pool, tick, parts.heard.clone(), parts.timing.clone());
+                timers = reconnect(connect).await;
             }
         };
         tokio::select! {
@@ -124,6 +129,16 @@ impl Dispatcher {
             () = timers => {}
         }
     }
+}
+
+/// What it keeps running.
+struct Parts {
+    sequencer: Sequencer,
+    timers: Timers,
+    ear: Ear,
+    heard: watch::Receiver<Rings>,
+    counters: Arc<Counters>,
+    timing: Arc<timers::Counters>,
 }
 
 async fn reconnect<T, E, F>(connect: impl Fn() -> F) -> T

@@ -18,6 +18,7 @@ mod cron;
 pub mod dead_letters;
 mod dispatcher;
 pub mod doctor;
+mod ear;
 mod expiry;
 pub mod messages;
 mod promotion;

@@ -9,16 +9,19 @@ use std::time::{Duration, Instant};
 use postbox::log;
 use postbox_consumer::link::in_time;
 use postbox_consumer::news::{self, Desk, News};
-use sqlx::postgres::PgRow;
+use sqlx::postgres::{PgNotification, PgRow};
 use sqlx::{FromRow, PgPool, Row};
 
 use crate::bell::{BUSY_FOR, Bell, Rush, SLEEPING_POLL, STANDBY_WAIT, Taken, WAITING_POLL};
+use crate::ear::{self, Ear};
 
 /// The pause between two steps, however much they find.
 const LONGEST_TICK: Duration = Duration::from_millis(50);
 /// Under load a step is followed by a pause of so many times its cost, so that steps take a twentieth of a core, and are larger where there is more
 /// to do. By cost, not by the clock: on a busy machine a step takes long because others run, and waiting longer would only add to that.
 const SHARE: u32 = 19;
+/// So few messages in [`BUSY_FOR`] are fewer than a rush: then being rung costs no more than polling, and they come sooner.
+const FEW: i64 = 8;
 /// A statement that takes longer means that the connection is dead. A step over many millions of messages is slow.
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -39,6 +42,7 @@ impl Counters {
 
 pub(crate) struct Sequencer {
     bell: Bell,
+    ear: Ear,
     tick: Duration,
     counters: Arc<Counters>,
     /// Consumers in this process.
@@ -51,6 +55,8 @@ pub(crate) struct Sequencer {
 struct Last {
     last_tick: Option<i64>,
     last_look: Option<String>,
+    last_seq: Option<i64>,
+    last_slot: Option<i16>,
     last_topic: Option<String>,
     last_head: Option<i64>,
 }
@@ -61,24 +67,28 @@ const SMALL: i32 = 8 * 1024;
 /// The bell of who publishes.
 const BELL: i32 = 2;
 
-/// A step may commit asynchronously: whatever depends on it durably is behind it in the WAL. And it must be READ COMMITTED, whatever
-/// the database defaults to.
-const SETTINGS: &str = "SET synchronous_commit = off; SET default_transaction_isolation = 'read committed'";
+/// A step may commit asynchronously: whatever depends on it durably is behind it in the WAL. It must be READ COMMITTED, whatever
+/// the database defaults to. The others are those of `postbox.sequence`.
+const SETTINGS: &str = "SET synchronous_commit = off; SET default_transaction_isolation = 'read committed'; \
+     SET enable_seqscan = off; SET enable_bitmapscan = off; SET jit = off; SET plan_cache_mode = force_generic_plan";
 
-const STEP: &str = "SELECT s.last_tick, s.last_look::text, s.last_topic, s.last_head, s.messages, s.news, \
+const STEP: &str = "SELECT s.last_tick, s.last_look::text, s.last_seq, s.last_slot, s.last_topic, s.last_head, s.messages, s.news, \
          r.seq, r.id, r.type, r.key, r.headers, r.content_type, r.payload, r.published_at, r.expires_at \
-     FROM postbox.step($1, $2::text::pg_snapshot, $3, $4, $5) s LEFT JOIN LATERAL unnest(s.rows) r ON true";
+     FROM postbox.step($1, $2::text::pg_snapshot, $3, $4, $5, $6, $7) s LEFT JOIN LATERAL unnest(s.rows) r ON true";
 /// Where the columns of messages begin.
-const ROWS: usize = 6;
+const ROWS: usize = 8;
 
 impl Sequencer {
     pub(crate) async fn connect(
         pool: &PgPool,
         tick: Duration,
+        ear: Ear,
         counters: Arc<Counters>,
     ) -> Result<Self, sqlx::Error> {
-        let mut bell = Bell::connect(pool, BELL, "postbox dispatcher", &["postbox_outbox"], SETTINGS).await?;
+        let mut bell = Bell::connect(pool, BELL, "postbox dispatcher", &ear::CHANNELS, SETTINGS).await?;
+        ear.has_missed();
         Ok(Self {
+            ear,
             desk: Desk::of(&mut bell.connection).await?,
             bell,
             tick,
@@ -96,25 +106,29 @@ impl Sequencer {
         }
     }
 
-    /// Polls while there is work, then sleeps at the bell until there is a rush again.
+    /// Polls while there is much work, then sleeps at the bell until there is a rush again.
     async fn work_and_sleep(&mut self) -> Result<(), sqlx::Error> {
-        let mut worked = Instant::now();
-        while worked.elapsed() < BUSY_FOR {
+        let (mut since, mut found) = (Instant::now(), 0);
+        loop {
             let begun = Instant::now();
             let messages = self.step().await?;
-            if messages > 0 {
-                worked = Instant::now();
-            }
+            found += messages;
             let pause = cost(messages) * SHARE + begun.elapsed() / 2;
-            tokio::time::sleep(pause.clamp(self.tick, LONGEST_TICK.max(self.tick))).await;
+            self.pause(pause.clamp(self.tick, LONGEST_TICK.max(self.tick)))
+                .await?;
+            if since.elapsed() >= BUSY_FOR {
+                if found <= FEW {
+                    break;
+                }
+                (since, found) = (Instant::now(), 0);
+            }
         }
         match self.bell.take().await? {
             Taken::Mine => self.sleep().await,
             Taken::Others => self.stand_by().await,
             Taken::Busy => {
                 self.step().await?;
-                tokio::time::sleep(WAITING_POLL).await;
-                Ok(())
+                self.pause(WAITING_POLL).await
             }
         }
     }
@@ -124,16 +138,31 @@ impl Sequencer {
         // Everyone who did not ring has committed, so this look sees what they published.
         self.step().await?;
         let mut rush = Rush::new();
-        while !rush.is_on_with(self.bell.rings(SLEEPING_POLL, |_| ()).await?) {
+        while !rush.is_on_with(self.rings(SLEEPING_POLL).await?) {
             self.step().await?;
         }
         self.bell.give().await
     }
 
+    /// Waits for a ring; how many there are by then.
+    async fn rings(&mut self, at_most: Duration) -> Result<u32, sqlx::Error> {
+        self.bell.rings(at_most, |said| self.ear.hears(said)).await
+    }
+
+    /// Waits, whoever rings.
+    async fn pause(&mut self, span: Duration) -> Result<(), sqlx::Error> {
+        let hear = |said: &PgNotification| {
+            self.ear.hears(said);
+            false
+        };
+        self.bell.rings(span, hear).await?;
+        Ok(())
+    }
+
     /// Another dispatcher is at the bell: steps in when it does not answer, and tries to take its place.
     async fn stand_by(&mut self) -> Result<(), sqlx::Error> {
-        if self.bell.rings(SLEEPING_POLL, |_| ()).await? > 0 {
-            tokio::time::sleep(STANDBY_WAIT).await;
+        if self.rings(SLEEPING_POLL).await? > 0 {
+            self.pause(STANDBY_WAIT).await?;
         }
         self.step().await?;
         Ok(())
@@ -141,9 +170,12 @@ impl Sequencer {
 
     async fn step(&mut self) -> Result<i64, sqlx::Error> {
         let last = std::mem::take(&mut self.last);
+        let _stepping = self.desk.stepping();
         let step = sqlx::query(STEP)
             .bind(last.last_tick)
             .bind(last.last_look)
+            .bind(last.last_seq)
+            .bind(last.last_slot)
             .bind(last.last_topic)
             .bind(last.last_head)
             .bind(self.desk.is_attended().then_some(SMALL))

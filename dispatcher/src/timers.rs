@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
+use tokio::sync::watch;
 
 use crate::bell::{BUSY_FOR, Bell, Rush, SLEEPING_POLL, STANDBY_WAIT, Taken, WAITING_POLL};
 use crate::cron::Crons;
+use crate::ear::Rings;
 use crate::promotion::{Look, Promotion};
 
 /// The bell of who schedules something that is due within a minute. Who does not is found by the poll, as is a clock that was changed.
 const BELL: i32 = 5;
-
-const CRON_CHANNEL: &str = "postbox_cron";
 
 /// Whoever makes the first schedule rings; this is for a ring that was lost.
 const WITHOUT_SCHEDULES: Duration = Duration::from_secs(10);
@@ -41,6 +41,9 @@ impl Counters {
 
 pub(crate) struct Timers {
     bell: Bell,
+    heard: watch::Receiver<Rings>,
+    /// What was heard by the last look.
+    rings: Rings,
     tick: Duration,
     counters: Arc<Counters>,
     promotion: Promotion,
@@ -53,11 +56,14 @@ impl Timers {
     pub(crate) async fn connect(
         pool: &PgPool,
         tick: Duration,
+        heard: watch::Receiver<Rings>,
         counters: Arc<Counters>,
     ) -> Result<Self, sqlx::Error> {
-        let channels = ["postbox_scheduled", CRON_CHANNEL];
+        let rings = *heard.borrow();
         Ok(Self {
-            bell: Bell::connect(pool, BELL, "postbox timers", &channels, SETTINGS).await?,
+            bell: Bell::connect(pool, BELL, "postbox timers", &[], SETTINGS).await?,
+            rings,
+            heard,
             tick,
             counters,
             promotion: Promotion::default(),
@@ -106,7 +112,7 @@ impl Timers {
         loop {
             // Everyone who did not ring has committed, so the first of these looks sees what they scheduled.
             let look = self.look().await?;
-            if !look.is_full && rush.is_on_with(self.rings(self.pause(&look)).await?) {
+            if !look.is_full && rush.is_on_with(self.rings(self.pause(&look)).await) {
                 return self.bell.give().await;
             }
         }
@@ -116,7 +122,7 @@ impl Timers {
     async fn stand_by(&mut self) -> Result<(), sqlx::Error> {
         let look = self.look().await?;
         let due_in = look.due_in.unwrap_or(SLEEPING_POLL) + STANDBY_WAIT;
-        if self.rings(due_in.min(SLEEPING_POLL)).await? > 0 {
+        if self.rings(due_in.min(SLEEPING_POLL)).await > 0 {
             tokio::time::sleep(STANDBY_WAIT).await;
         }
         Ok(())
@@ -135,14 +141,15 @@ impl Timers {
     }
 
     /// Waits for a ring; how many there are by then.
-    async fn rings(&mut self, at_most: Duration) -> Result<u32, sqlx::Error> {
-        let cron_at = &mut self.cron_at;
-        let hear = |notification: &sqlx::postgres::PgNotification| {
-            if notification.channel() == CRON_CHANNEL {
-                *cron_at = Instant::now();
-            }
-        };
-        self.bell.rings(at_most, hear).await
+    async fn rings(&mut self, at_most: Duration) -> u32 {
+        // At once if there was one since. The sequencer's end is there as long as this one.
+        let _ = tokio::time::timeout(at_most, self.heard.changed()).await;
+        let now = *self.heard.borrow_and_update();
+        let before = std::mem::replace(&mut self.rings, now);
+        if now.cron != before.cron {
+            self.cron_at = Instant::now();
+        }
+        now.scheduled.wrapping_sub(before.scheduled)
     }
 
     /// Promotes a batch of what is due, and fires what is due.

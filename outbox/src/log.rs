@@ -315,7 +315,7 @@ impl Request {
         Ok(())
     }
 
-    /// The smallest box of (xid, seq) around all entries, if at least half of the seqs in it are wanted: then reading the
+    /// The smallest box of (xid, seq) around all entries, if it is one, or if at least half of the seqs in it are wanted: then reading the
     /// range is cheaper than looking up each. A transaction that is much older than the others would widen the box to
     /// index entries that are skipped one by one, so there it is by address.
     fn dense_range(&self) -> Option<(Address, Address)> {
@@ -332,7 +332,7 @@ impl Request {
         let wanted = self.entries.len() as i64;
         let dense =
             wanted >= 8 && high.seq - low.seq < 2 * wanted && high.xid.0 - low.xid.0 < 4 * wanted as u64;
-        dense.then_some((low, high))
+        (dense || wanted == 1).then_some((low, high))
     }
 }
 

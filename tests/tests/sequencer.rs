@@ -478,6 +478,8 @@ async fn a_step_that_finds_nothing_writes_nothing() {
 struct Caller {
     tick: Option<i64>,
     look: Option<String>,
+    seq: Option<i64>,
+    slot: Option<i16>,
     topic: Option<String>,
     head: Option<i64>,
 }
@@ -488,24 +490,48 @@ type Stepped = (i64, Option<String>, Vec<String>);
 impl Caller {
     async fn step(&mut self, db: &TestDatabase) -> Stepped {
         let row = sqlx::query(
-            "SELECT last_tick, last_look::text, last_topic, last_head, messages, news, \
+            "SELECT last_tick, last_look::text, last_seq, last_slot, last_topic, last_head, messages, news, \
                  ARRAY(SELECT convert_from(r.payload, 'UTF8') FROM unnest(rows) r) \
-             FROM postbox.step($1, $2::text::pg_snapshot, $3, $4, 100)",
+             FROM postbox.step($1, $2::text::pg_snapshot, $3, $4, $5, $6, 100)",
         )
         .bind(self.tick)
         .bind(&self.look)
+        .bind(self.seq)
+        .bind(self.slot)
         .bind(&self.topic)
         .bind(self.head)
         .fetch_one(db.pool())
         .await
         .expect("a step");
         (self.tick, self.look) = (row.get(0), row.get(1));
-        (self.topic, self.head) = (row.get(2), row.get(3));
-        (row.get(4), row.get(5), row.get(6))
+        (self.seq, self.slot) = (row.get(2), row.get(3));
+        (self.topic, self.head) = (row.get(4), row.get(5));
+        (row.get(6), row.get(7), row.get(8))
     }
 
-    /// Takes a step that finds so many messages, all of one topic, and says where they are.
-    async fn small_step(&mut self, db: &TestDatabase, topic: &str, messages: i64) {
+    /// Goes on until it is known up to which number all are dealt with: at a step at which nobody on the server, where other tests run, has
+    /// a transaction open.
+    async fn is_up_to_date(&mut self, db: &TestDatabase, connection: &mut PgConnection) {
+        for _ in 0..1_000 {
+            publish_alone(connection, "other", "").await;
+            self.step(db).await;
+            if self.seq.is_some() {
+                return;
+            }
+        }
+        panic!("there was always a transaction open on the server");
+    }
+
+    /// Takes a step that finds so many messages, all of one topic, and hands them over.
+    async fn lean_step(&mut self, db: &TestDatabase, topic: &str, messages: i64) {
+        let rows = self.small_step(db, topic, messages).await;
+        let texts: Vec<String> = texts(db, topic).await;
+        assert_eq!(rows, texts[texts.len() - messages as usize..]);
+        assert!(self.seq.is_some());
+    }
+
+    /// Takes a step that finds so many messages, all of one topic, and says where they are; what it hands over.
+    async fn small_step(&mut self, db: &TestDatabase, topic: &str, messages: i64) -> Vec<String> {
         let (found, news, rows) = self.step(db).await;
         assert_eq!(found, messages);
         let news = news.expect("somebody wants it");
@@ -520,12 +546,9 @@ impl Caller {
         assert_eq!(of, topic);
         assert_eq!(stored, [Segment::parse(head, place).expect("a place")]);
         assert_eq!(stored[0].base(), Offset::new(head - messages));
-        let texts: Vec<String> = texts(db, topic).await.split_off((head - messages) as usize);
-        let rows: Vec<String> = rows
-            .iter()
+        rows.iter()
             .map(|row| serde_json::from_str(row).expect("as postbox.step says it"))
-            .collect();
-        assert_eq!(rows, texts);
+            .collect()
     }
 
     /// Takes a step that finds so many messages in the other way.
@@ -549,10 +572,11 @@ async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
     run(&mut ear, "SELECT pg_advisory_lock_shared(1347571761, 3)").await;
     let (mut caller, mut second) = (Caller::default(), Caller::default());
 
-    for text in ["0", "1"] {
-        publish_alone(&mut one, "orders", text).await;
-        caller.small_step(&db, "orders", 1).await;
-    }
+    publish_alone(&mut one, "orders", "0").await;
+    caller.small_step(&db, "orders", 1).await;
+    caller.is_up_to_date(&db, &mut one).await;
+    publish_alone(&mut one, "orders", "1").await;
+    caller.lean_step(&db, "orders", 1).await;
     // Where the topic goes on is not what this caller remembers.
     publish_alone(&mut one, "orders", "2").await;
     second.small_step(&db, "orders", 1).await;
@@ -563,10 +587,11 @@ async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
     publish_alone(&mut one, "orders", "4").await;
     publish_alone(&mut one, "payments", "0").await;
     caller.large_step(&db, 2).await;
+    caller.is_up_to_date(&db, &mut one).await;
     publish_alone(&mut one, "orders", "5").await;
-    caller.small_step(&db, "orders", 1).await;
+    caller.lean_step(&db, "orders", 1).await;
     publish_alone(&mut one, "payments", "1").await;
-    caller.small_step(&db, "payments", 1).await;
+    caller.lean_step(&db, "payments", 1).await;
     // By number.
     for (from, to) in [(6, 70), (70, 135)] {
         let mut tx = one.begin().await.unwrap();
@@ -575,10 +600,11 @@ async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
         }
         tx.commit().await.unwrap();
         match to - from {
-            64 => caller.small_step(&db, "orders", 64).await,
+            64 => caller.lean_step(&db, "orders", 64).await,
             more => caller.large_step(&db, more).await,
         }
     }
+    caller.is_up_to_date(&db, &mut one).await;
     // A large payload is not handed over.
     publish_alone(&mut one, "letters", &"x".repeat(200)).await;
     let (found, news, rows) = caller.step(&db).await;
@@ -587,26 +613,44 @@ async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
     let mut open = other.begin().await.unwrap();
     publish(&mut open, "orders", "135").await;
     publish_alone(&mut one, "orders", "136").await;
-    caller.small_step(&db, "orders", 1).await;
+    assert!(caller.small_step(&db, "orders", 1).await.is_empty());
+    assert_eq!(caller.seq, None);
     publish_alone(&mut one, "orders", "137").await;
     caller.small_step(&db, "orders", 1).await;
     open.commit().await.unwrap();
-    caller.large_step(&db, 1).await;
-    assert_eq!(caller.step(&db).await, (0, None, Vec::new()));
-    publish_alone(&mut one, "orders", "138").await;
     caller.small_step(&db, "orders", 1).await;
+    assert_eq!(caller.step(&db).await, (0, None, Vec::new()));
+    caller.is_up_to_date(&db, &mut one).await;
+    publish_alone(&mut one, "orders", "138").await;
+    caller.lean_step(&db, "orders", 1).await;
+    // A number that nobody has any more might be anybody's.
+    let mut open = other.begin().await.unwrap();
+    publish(&mut open, "orders", "not this").await;
+    open.rollback().await.unwrap();
+    publish_alone(&mut one, "orders", "139").await;
+    assert!(caller.small_step(&db, "orders", 1).await.is_empty());
+    // A transaction with an id that the last look's snapshot does not know yet, and its message in another slot, like nothing before.
+    caller.is_up_to_date(&db, &mut one).await;
+    let here = caller.slot.expect("the slot of what was found last");
+    let mut open = other.begin().await.unwrap();
+    insert_in_slot(&mut open, (here + 1) % 8, 0, 0).await;
+    publish_alone(&mut one, "payments", "2").await;
+    caller.small_step(&db, "payments", 1).await;
+    open.commit().await.unwrap();
+    publish_alone(&mut one, "payments", "3").await;
+    caller.large_step(&db, 2).await;
 
     // Segments are of one slot.
-    insert_in_slot(&mut one, 3, 0, 1).await;
-    insert_in_slot(&mut one, 4, 2, 2).await;
+    insert_in_slot(&mut one, (here + 2) % 8, 1, 1).await;
+    insert_in_slot(&mut one, (here + 3) % 8, 2, 3).await;
     caller.large_step(&db, 3).await;
-    assert_eq!(texts(&db, "t").await, ["0", "1", "2"]);
+    assert_eq!(texts(&db, "t").await, ["0", "1", "2", "3"]);
 
-    let mut expected: Vec<String> = (0..=138).map(|n| n.to_string()).collect();
+    let mut expected: Vec<String> = (0..=139).map(|n| n.to_string()).collect();
     // It was committed last.
     expected[135..138].rotate_left(1);
     assert_eq!(texts(&db, "orders").await, expected);
-    assert_eq!(texts(&db, "payments").await, ["0", "1"]);
+    assert_eq!(texts(&db, "payments").await, ["0", "1", "2", "3"]);
 }
 
 // --------------------------------------------------------------------------------------------------- the shape of segments
