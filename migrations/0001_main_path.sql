@@ -25,7 +25,8 @@ COMMENT ON FUNCTION postbox.clock IS
 
 CREATE FUNCTION postbox.slot_of(at timestamptz) RETURNS smallint
     LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN ((date_part('epoch', at)::bigint / 43200) % 8)::smallint;
+    -- Every publisher pays for it: a cast to integer and a mask are cheaper than one to bigint, a division and a remainder.
+    RETURN ((date_part('epoch', at) / 43200)::integer & 7)::smallint;
 COMMENT ON FUNCTION postbox.slot_of IS
     'The ring slot of an instant: eight slots of twelve hours, so that a slot comes round again after four days.';
 
@@ -845,16 +846,18 @@ END $$;
 COMMENT ON FUNCTION postbox.checkpoint IS
     'Appends how far a consumer''s lanes are settled; a lane whose epoch is stale is left out. Returns how many were accepted.';
 
-CREATE FUNCTION postbox.settle(by_consumer integer, of_subscription integer, of_lane smallint, of_epoch integer, of_offset bigint)
-    RETURNS void
+-- A procedure: CALL is not planned, which a SELECT by a message's text would be.
+CREATE PROCEDURE postbox.settle(by_consumer integer, of_subscription integer, of_lane integer, of_epoch integer, of_offset bigint)
     LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'a transactional handler must run in READ COMMITTED, not %', current_setting('transaction_isolation')
             USING HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot: do not SET TRANSACTION in a handler.';
     END IF;
-    -- Shared, through the commit: a takeover takes it exclusively before it raises the epoch.
-    PERFORM pg_advisory_xact_lock_shared(1347571762, of_subscription * 1024 + of_lane);
+    -- Shared, through the commit: a takeover takes it exclusively before it raises the epoch. An assignment, since a PERFORM starts a query.
+    ignored := pg_advisory_xact_lock_shared(1347571762, of_subscription * 1024 + of_lane)::text;
     -- A statement of its own, with a newer snapshot than the lock.
     INSERT INTO postbox.settlement (subscription_id, lane, "offset")
     SELECT l.subscription_id, l.lane, of_offset FROM postbox.lane l
@@ -866,7 +869,7 @@ BEGIN
             of_lane, of_subscription, by_consumer, of_epoch USING ERRCODE = 'PB001';
     END IF;
 END $$;
-COMMENT ON FUNCTION postbox.settle IS
+COMMENT ON PROCEDURE postbox.settle IS
     'The last statement of a transactional handler: settles its message in its transaction, or fails (PB001) if the lane has another owner.';
 
 CREATE FUNCTION postbox.settle_batch(

@@ -49,7 +49,7 @@ impl Fence {
         } = self;
         if let ([(lane, epoch)], [(_, offset)]) = (lanes.as_slice(), messages.as_slice()) {
             let mut statements = vec![format!(
-                "SELECT postbox.settle({consumer}, {subscription}, {lane}::smallint, {epoch}, {offset})"
+                "CALL postbox.settle({consumer}, {subscription}, {lane}, {epoch}, {offset})"
             )];
             if *stored {
                 statements.push(format!(

@@ -100,18 +100,23 @@ impl Stage {
 
     /// Settles in lane 0, as the last statement of a transactional handler does; `false` if it is refused as stale.
     async fn settle(&self, consumer: i32, epoch: i32, offsets: &[i64]) -> bool {
-        let settled = sqlx::query("SELECT postbox.settle($1, $2, 0::smallint, $3, o) FROM unnest($4) o")
-            .bind(consumer)
-            .bind(self.subscription)
-            .bind(epoch)
-            .bind(offsets)
-            .execute(self.bench.db.pool())
-            .await;
-        match settled {
-            Ok(_) => true,
-            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("PB001") => false,
-            Err(error) => panic!("{error}"),
+        for offset in offsets {
+            let settled = sqlx::query("CALL postbox.settle($1, $2, 0, $3, $4)")
+                .bind(consumer)
+                .bind(self.subscription)
+                .bind(epoch)
+                .bind(offset)
+                .execute(self.bench.db.pool())
+                .await;
+            match settled {
+                Ok(_) => {}
+                Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("PB001") => {
+                    return false;
+                }
+                Err(error) => panic!("{error}"),
+            }
         }
+        true
     }
 
     async fn stand(&self, lane: i16) -> Stand {

@@ -158,7 +158,7 @@ async fn a_settlement_without_its_session_is_refused() {
     .await
     .unwrap();
     let settle = || async {
-        sqlx::query("SELECT postbox.settle($1, $2, $3, $4, 5000)")
+        sqlx::query("CALL postbox.settle($1, $2, $3, $4, 5000)")
             .bind(consumer)
             .bind(subscription)
             .bind(lane)

@@ -623,34 +623,59 @@ async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
     caller.is_up_to_date(&db, &mut one).await;
     publish_alone(&mut one, "orders", "138").await;
     caller.lean_step(&db, "orders", 1).await;
+    // Two topics.
+    publish_alone(&mut one, "orders", "139").await;
+    publish_alone(&mut one, "payments", "2").await;
+    caller.large_step(&db, 2).await;
+    caller.is_up_to_date(&db, &mut one).await;
+    // A transaction that had its id before another one, and its number after it.
+    let mut early = other.begin().await.unwrap();
+    run(&mut early, "SELECT pg_current_xact_id()").await;
+    publish_alone(&mut one, "orders", "140").await;
+    publish(&mut early, "orders", "141").await;
+    early.commit().await.unwrap();
+    caller.small_step(&db, "orders", 2).await;
+    caller.is_up_to_date(&db, &mut one).await;
     // A number that nobody has any more might be anybody's.
     let mut open = other.begin().await.unwrap();
     publish(&mut open, "orders", "not this").await;
     open.rollback().await.unwrap();
-    publish_alone(&mut one, "orders", "139").await;
+    publish_alone(&mut one, "orders", "142").await;
     assert!(caller.small_step(&db, "orders", 1).await.is_empty());
     // A transaction with an id that the last look's snapshot does not know yet, and its message in another slot, like nothing before.
     caller.is_up_to_date(&db, &mut one).await;
     let here = caller.slot.expect("the slot of what was found last");
     let mut open = other.begin().await.unwrap();
     insert_in_slot(&mut open, (here + 1) % 8, 0, 0).await;
-    publish_alone(&mut one, "payments", "2").await;
+    publish_alone(&mut one, "payments", "3").await;
     caller.small_step(&db, "payments", 1).await;
     open.commit().await.unwrap();
-    publish_alone(&mut one, "payments", "3").await;
+    publish_alone(&mut one, "payments", "4").await;
     caller.large_step(&db, 2).await;
+    // The same, if its id is newer than all that the look knows, for as long as nobody else on the server gets one.
+    for n in 0..20 {
+        publish_alone(&mut one, "letters", "").await;
+        let mut open = other.begin().await.unwrap();
+        insert_in_slot(&mut open, (here + 1) % 8, 1 + n, 1 + n).await;
+        let mut late = Caller::default();
+        late.small_step(&db, "letters", 1).await;
+        open.commit().await.unwrap();
+        publish_alone(&mut one, "letters", "").await;
+        late.large_step(&db, 2).await;
+    }
 
     // Segments are of one slot.
-    insert_in_slot(&mut one, (here + 2) % 8, 1, 1).await;
-    insert_in_slot(&mut one, (here + 3) % 8, 2, 3).await;
+    insert_in_slot(&mut one, (here + 2) % 8, 21, 21).await;
+    insert_in_slot(&mut one, (here + 3) % 8, 22, 23).await;
     caller.large_step(&db, 3).await;
-    assert_eq!(texts(&db, "t").await, ["0", "1", "2", "3"]);
+    let expected: Vec<String> = (0..=23).map(|n| n.to_string()).collect();
+    assert_eq!(texts(&db, "t").await, expected);
 
-    let mut expected: Vec<String> = (0..=139).map(|n| n.to_string()).collect();
+    let mut expected: Vec<String> = (0..=142).map(|n| n.to_string()).collect();
     // It was committed last.
     expected[135..138].rotate_left(1);
     assert_eq!(texts(&db, "orders").await, expected);
-    assert_eq!(texts(&db, "payments").await, ["0", "1", "2", "3"]);
+    assert_eq!(texts(&db, "payments").await, ["0", "1", "2", "3", "4"]);
 }
 
 // --------------------------------------------------------------------------------------------------- the shape of segments
