@@ -27,6 +27,35 @@ enum Variant {
     ByXid,
     /// Broken: the snapshot is older than the lock, as in REPEATABLE READ.
     SnapshotBeforeTheLock,
+    /// As it is: a step that knows up to which number all are dealt with looks in one slot, and counts.
+    Lean,
+    /// Broken: it does not count.
+    LeanWithoutCounting,
+    /// Broken: as they are in the index.
+    LeanByXid,
+    /// Broken: numbers count as dealt with if the snapshot lists nobody as running.
+    LeanForgettingTheNewest,
+}
+
+impl Variant {
+    fn is_lean(self) -> bool {
+        matches!(
+            self,
+            Self::Lean | Self::LeanWithoutCounting | Self::LeanByXid | Self::LeanForgettingTheNewest
+        )
+    }
+}
+
+/// Where a lean step does not look: the slot of the last transaction's rows.
+const ELSEWHERE: usize = ROWS.len() - 1;
+
+/// What a dispatcher passes back to the next step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Known {
+    /// How many steps there were.
+    ticks: usize,
+    /// All smaller numbers are dealt with.
+    seq: u8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,6 +107,9 @@ enum Dispatcher {
         rows: Vec<u8>,
         snapshot: Snapshot,
         committed: BTreeSet<u8>,
+        /// How many numbers had been given.
+        given: u8,
+        is_lean: bool,
     },
 }
 
@@ -93,6 +125,7 @@ struct State {
     log: Vec<u8>,
     ticks: Vec<Tick>,
     dispatchers: Vec<Dispatcher>,
+    known: Vec<Option<Known>>,
     crashed: bool,
 }
 
@@ -163,6 +196,31 @@ impl State {
         })
     }
 
+    /// What a lean step with this snapshot finds new, if that is all there is.
+    fn lean(&self, variant: Variant, snapshot: &Snapshot, known: Option<Known>) -> Option<Vec<u8>> {
+        let known = known.filter(|known| known.ticks == self.ticks.len())?.seq;
+        let last = &self.ticks.last()?.snapshot;
+        let mut rows: Vec<(u8, u8)> = self.transactions[..ELSEWHERE]
+            .iter()
+            .filter(|transaction| transaction.status == Status::Committed)
+            .filter_map(|transaction| Some((transaction.xid?, &transaction.rows)))
+            .filter(|(xid, _)| snapshot.sees(*xid) && *xid >= last.xmax)
+            .flat_map(|(xid, rows)| rows.iter().map(move |seq| (xid, *seq)))
+            .collect();
+        // The index.
+        rows.sort_unstable();
+        let rows: Vec<u8> = rows.into_iter().map(|(_, seq)| seq).collect();
+        let are_new = rows.iter().all(|seq| *seq >= known);
+        let are_all = rows.len() == usize::from(self.next_seq - known);
+        let are_in_order = rows.is_sorted();
+        match variant {
+            Variant::LeanWithoutCounting => are_new && are_in_order,
+            Variant::LeanByXid => are_new && are_all,
+            _ => are_new && are_all && are_in_order,
+        }
+        .then_some(rows)
+    }
+
     /// What a step with this snapshot finds new, in the order of the offsets.
     fn fresh(&self, variant: Variant, snapshot: &Snapshot) -> Vec<u8> {
         let last = self.ticks.last().map(|tick| &tick.snapshot);
@@ -212,6 +270,7 @@ impl Model for Sequencing {
             log: Vec::new(),
             ticks: Vec::new(),
             dispatchers: vec![Dispatcher::Idle; DISPATCHERS],
+            known: vec![None; DISPATCHERS],
             crashed: false,
         }]
     }
@@ -262,17 +321,25 @@ impl Model for Sequencing {
             Action::Lock(n) => state.dispatchers[n] = Dispatcher::Locked,
             Action::Look(n) => {
                 let snapshot = last.snapshot();
-                let rows = last.fresh(self.variant, &snapshot);
+                let lean = match self.variant.is_lean() {
+                    true => last.lean(self.variant, &snapshot, last.known[n]),
+                    false => None,
+                };
+                let is_lean = lean.is_some();
+                let rows = lean.unwrap_or_else(|| last.fresh(self.variant, &snapshot));
                 let has_lock = last.dispatchers[n] == Dispatcher::Locked;
                 if rows.is_empty() {
                     // Nothing is written.
                     state.dispatchers[n] = Dispatcher::Idle;
+                    state.known[n] = last.known[n].filter(|_| is_lean);
                 } else {
                     state.dispatchers[n] = Dispatcher::Looked {
                         has_lock,
                         rows,
                         snapshot,
                         committed: last.committed(),
+                        given: last.next_seq,
+                        is_lean,
                     };
                 }
             }
@@ -282,12 +349,20 @@ impl Model for Sequencing {
                     rows,
                     snapshot,
                     committed,
+                    given,
+                    is_lean,
                     ..
                 } = looked
                 else {
                     return None;
                 };
                 state.log.extend(rows);
+                let nobody_was_open = snapshot.xip.is_empty()
+                    && (last.next_xid == snapshot.xmax || self.variant == Variant::LeanForgettingTheNewest);
+                state.known[n] = (self.variant.is_lean() && (is_lean || nobody_was_open)).then_some(Known {
+                    ticks: state.ticks.len() + 1,
+                    seq: given,
+                });
                 state.ticks.push(Tick {
                     snapshot,
                     head: state.log.len(),
@@ -299,6 +374,7 @@ impl Model for Sequencing {
                 state.ticks.truncate(last.ticks.len() - steps_lost);
                 state.log.truncate(state.ticks.last().map_or(0, |tick| tick.head));
                 state.dispatchers.fill(Dispatcher::Idle);
+                state.known.fill(None);
                 for n in 0..state.transactions.len() {
                     if state.transactions[n].status == Status::Open {
                         state.complete(n, Status::Aborted);
@@ -370,6 +446,28 @@ fn every_commit_order_gives_every_message_one_offset_in_causal_order() {
     assert_sound(Sequencing {
         variant: Variant::SnapshotDifference,
     });
+}
+
+#[test]
+fn a_lean_step_leaves_nothing_out() {
+    assert_sound(Sequencing {
+        variant: Variant::Lean,
+    });
+}
+
+#[test]
+fn a_lean_step_that_does_not_count_is_caught() {
+    assert!(broken_by(Variant::LeanWithoutCounting).contains(&COMPLETE));
+}
+
+#[test]
+fn a_lean_step_in_the_order_of_the_index_is_caught() {
+    assert!(broken_by(Variant::LeanByXid).contains(&CAUSAL));
+}
+
+#[test]
+fn numbers_of_transactions_that_the_snapshot_does_not_know_are_not_dealt_with() {
+    assert!(broken_by(Variant::LeanForgettingTheNewest).contains(&COMPLETE));
 }
 
 #[test]

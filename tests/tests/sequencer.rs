@@ -489,6 +489,13 @@ type Stepped = (i64, Option<String>, Vec<String>);
 
 impl Caller {
     async fn step(&mut self, db: &TestDatabase) -> Stepped {
+        let mut connection = db.pool().acquire().await.expect("a connection");
+        // As a dispatcher does, so that rows come in the order of the index.
+        run(
+            &mut connection,
+            "SET enable_seqscan = off; SET enable_bitmapscan = off; SET plan_cache_mode = force_generic_plan",
+        )
+        .await;
         let row = sqlx::query(
             "SELECT last_tick, last_look::text, last_seq, last_slot, last_topic, last_head, messages, news, \
                  ARRAY(SELECT convert_from(r.payload, 'UTF8') FROM unnest(rows) r) \
@@ -500,7 +507,7 @@ impl Caller {
         .bind(self.slot)
         .bind(&self.topic)
         .bind(self.head)
-        .fetch_one(db.pool())
+        .fetch_one(&mut *connection)
         .await
         .expect("a step");
         (self.tick, self.look) = (row.get(0), row.get(1));
