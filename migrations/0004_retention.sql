@@ -29,7 +29,7 @@ BEGIN
     -- Six slots are kept, one is being filled, one is being truncated. Which slot holds what is decided by what is in it, so the
     -- length of a slot may change at any time.
     EXECUTE format('CREATE OR REPLACE FUNCTION postbox.slot_of(at timestamptz) RETURNS smallint LANGUAGE sql STABLE PARALLEL SAFE
-        RETURN ((date_part(''epoch'', at) / %s)::integer & 7)::smallint', seconds);
+        RETURN ((date_part(''epoch'', at)::bigint / %s) %% 8)::smallint', seconds);
     EXECUTE format('COMMENT ON FUNCTION postbox.slot_of IS %L', format(
         'The ring slot of an instant: eight slots of %s, a sixth of what is kept.', make_interval(secs => seconds)));
 END $$;
