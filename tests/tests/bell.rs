@@ -268,6 +268,35 @@ async fn in_a_rush_publishers_do_not_ring() {
     ledger::complete(&db, "t").await;
 }
 
+/// Polling would make each of them wait for the next look.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_rush_a_dispatcher_sleeps_while_few_messages_come() {
+    let db = Arc::new(TestDatabase::new().await.unwrap());
+    let dispatcher = Dispatcher::new(db.connect_pool(2)).start().await.unwrap();
+    let flow = tokio::spawn({
+        let pool = db.connect_pool(1);
+        async move {
+            loop {
+                publish(&pool, "few").await.expect("published");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    });
+    eventually(SOON, async || {
+        for _ in 0..50 {
+            publish(db.pool(), "many").await.expect("published");
+        }
+        match sleeper(db.pool()).await {
+            Ok(_) => Err("it sleeps in a rush"),
+            Err(_) => Ok(()),
+        }
+    })
+    .await;
+    asleep(db.pool()).await;
+    flow.abort();
+    dispatcher.shutdown().await;
+}
+
 /// Publishes now and then; returns how long the slowest took to be sequenced.
 async fn slowest_of(db: &TestDatabase, ear: &mut Ear, first: i64, messages: i64) -> Duration {
     let stalls = Stalls::watch();

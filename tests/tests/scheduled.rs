@@ -508,6 +508,33 @@ async fn timers_survive_a_lost_connection() {
     dispatcher.shutdown().await;
 }
 
+/// The timers are rung through the sequencer's connection.
+#[tokio::test]
+async fn what_is_scheduled_while_nobody_listens_is_not_left_to_the_poll() {
+    let db = TestDatabase::new().await.unwrap();
+    let dispatcher = dispatcher(&db).await;
+    for n in 1..=5 {
+        asleep(db.pool()).await;
+        let killed = number(
+            db.pool(),
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+             WHERE datname = current_database() AND application_name = 'postbox dispatcher'",
+        )
+        .await;
+        assert_eq!(killed, 1);
+        publish(db.pool(), text("x").delay(Duration::from_millis(100))).await;
+        let committed = Instant::now();
+        eventually(SOON, async || match pending(db.pool()).await {
+            0 => Ok(()),
+            n => Err(format!("{n} are pending")),
+        })
+        .await;
+        assert!(committed.elapsed() < PROMPT, "{:?}", committed.elapsed());
+        has_delivered(db.pool(), n).await;
+    }
+    dispatcher.shutdown().await;
+}
+
 // --------------------------------------------------------------------------------------------------------------------- load
 
 /// The lateness of each message of topic `t` whose payload is its due time in microseconds, sorted.
