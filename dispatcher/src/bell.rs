@@ -6,7 +6,7 @@ use postbox_consumer::link::{self, in_time};
 use sqlx::PgPool;
 use sqlx::postgres::{PgListener, PgNotification};
 
-/// One that polls goes to sleep after so long without work.
+/// One that polls goes to sleep after so long with little or no work.
 pub(crate) const BUSY_FOR: Duration = Duration::from_millis(60);
 /// How long a sleeper sleeps at most: for what does not ring, and for a ring that was lost with a connection.
 pub(crate) const SLEEPING_POLL: Duration = Duration::from_secs(1);
