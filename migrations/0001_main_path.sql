@@ -485,7 +485,7 @@ DECLARE
     last_xip    xid8[] := '{}';
     latest      bigint;
     is_lean     boolean := false;
-    place       text;
+    foreigner   text;
     ignored     text;
     -- The segment that is being made.
     topic       text;
@@ -521,9 +521,9 @@ BEGIN
     -- What the caller looked at last is where to go on if nobody took a step since; otherwise the newest tick is.
     IF last_look IS NULL OR last_tick IS DISTINCT FROM pg_sequence_last_value('postbox.tick_id') THEN
         -- Only here: a look that is passed back was taken in this cluster.
-        ignored := postbox.foreign_xids();
-        IF ignored IS NOT NULL THEN
-            RAISE EXCEPTION 'postbox must not go on here: %', ignored USING ERRCODE = 'PB002',
+        foreigner := postbox.foreign_xids();
+        IF foreigner IS NOT NULL THEN
+            RAISE EXCEPTION 'postbox must not go on here: %', foreigner USING ERRCODE = 'PB002',
                 HINT = 'The database was restored from another cluster. A dispatcher that starts puts it right by itself; by hand: postbox rebase, or SELECT * FROM postbox.rebase()';
         END IF;
         SELECT t.id, t.snapshot INTO last_tick, last_look FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
