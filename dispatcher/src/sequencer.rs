@@ -1,6 +1,6 @@
 //! When to take a step of the sequencer: at once when a publisher rings, paced under load, seldom when nothing happens.
 //!
-//! The step itself is the SQL function `postbox.sequence`; the bell is explained in ARCHITECTURE.md, "The bell".
+//! The step itself is the SQL function `postbox.step`; the bell is explained in ARCHITECTURE.md, "The bell".
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

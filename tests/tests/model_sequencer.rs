@@ -148,6 +148,16 @@ struct Sequencing {
     variant: Variant,
 }
 
+/// The rows of these transactions that the snapshot sees: `xid` and `seq`.
+fn seen<'a>(transactions: &'a [Transaction], snapshot: &'a Snapshot) -> impl Iterator<Item = (u8, u8)> + 'a {
+    transactions
+        .iter()
+        .filter(|transaction| transaction.status == Status::Committed)
+        .filter_map(|transaction| Some((transaction.xid?, &transaction.rows)))
+        .filter(|(xid, _)| snapshot.sees(*xid))
+        .flat_map(|(xid, rows)| rows.iter().map(move |seq| (xid, *seq)))
+}
+
 impl State {
     fn committed(&self) -> BTreeSet<u8> {
         self.transactions
@@ -200,12 +210,8 @@ impl State {
     fn lean(&self, variant: Variant, snapshot: &Snapshot, known: Option<Known>) -> Option<Vec<u8>> {
         let known = known.filter(|known| known.ticks == self.ticks.len())?.seq;
         let last = &self.ticks.last()?.snapshot;
-        let mut rows: Vec<(u8, u8)> = self.transactions[..ELSEWHERE]
-            .iter()
-            .filter(|transaction| transaction.status == Status::Committed)
-            .filter_map(|transaction| Some((transaction.xid?, &transaction.rows)))
-            .filter(|(xid, _)| snapshot.sees(*xid) && *xid >= last.xmax)
-            .flat_map(|(xid, rows)| rows.iter().map(move |seq| (xid, *seq)))
+        let mut rows: Vec<(u8, u8)> = seen(&self.transactions[..ELSEWHERE], snapshot)
+            .filter(|(xid, _)| *xid >= last.xmax)
             .collect();
         // The index.
         rows.sort_unstable();
@@ -225,18 +231,12 @@ impl State {
     fn fresh(&self, variant: Variant, snapshot: &Snapshot) -> Vec<u8> {
         let last = self.ticks.last().map(|tick| &tick.snapshot);
         let last_seq = self.log.iter().max();
-        let mut rows: Vec<(u8, u8)> = self
-            .transactions
-            .iter()
-            .filter(|transaction| transaction.status == Status::Committed)
-            .filter_map(|transaction| Some((transaction.xid?, &transaction.rows)))
-            .filter(|(xid, _)| snapshot.sees(*xid))
+        let mut rows: Vec<(u8, u8)> = seen(&self.transactions, snapshot)
             .filter(|(xid, _)| match (variant, last) {
                 (_, None) | (Variant::SeqAfterTheLast, _) => true,
                 (Variant::WithoutTheRunning, Some(last)) => *xid >= last.xmax,
                 (_, Some(last)) => *xid >= last.xmax || last.xip.contains(xid),
             })
-            .flat_map(|(xid, rows)| rows.iter().map(move |seq| (xid, *seq)))
             .filter(|(_, seq)| variant != Variant::SeqAfterTheLast || last_seq.is_none_or(|last| seq > last))
             .collect();
         rows.sort_by_key(|(xid, seq)| {
