@@ -417,7 +417,8 @@ impl Executor {
             starts.push((next, number));
             self.interest.set(number, true);
             lane.suspect_below = self.suspect_below(&lane);
-            self.lanes.insert(number, lane);
+            let former = self.lanes.insert(number, lane);
+            debug_assert!(former.is_none(), "lane {number} was claimed while it is run");
         }
         // Those that begin close to each other are read together, so that what is left comes by its offsets.
         starts.sort_unstable();

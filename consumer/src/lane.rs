@@ -1,6 +1,6 @@
 //! Lanes: how the keys of a subscription are divided among instances, and who should own which.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// The lane of a message: by the hash of its key, or spread by its offset if it has none.
 pub(crate) fn lane_of(offset: i64, key_hash: Option<i32>, lanes: u16) -> u16 {
@@ -54,6 +54,48 @@ pub(crate) struct LaneRow {
     pub(crate) epoch: i32,
     /// `None`: free.
     pub(crate) owner: Option<i32>,
+}
+
+/// The claims that a session holds of one subscription's lanes, with their epochs.
+///
+/// The executor has no lane that is not here: it is told of a claim after it was added, and one leaves either with the command that revokes it, or
+/// when the executor says that it gave this very claim up. What it says of an earlier one may come after the next was made, and means nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Claims(HashMap<u16, i32>);
+
+impl Claims {
+    pub(crate) fn lanes(&self) -> impl Iterator<Item = u16> {
+        self.0.keys().copied()
+    }
+
+    pub(crate) fn holds(&self, lane: u16) -> bool {
+        self.0.contains_key(&lane)
+    }
+
+    pub(crate) fn add(&mut self, lane: u16, epoch: i32) {
+        self.0.insert(lane, epoch);
+    }
+
+    /// Removes and returns those that are void: the lane has another owner, or another epoch.
+    pub(crate) fn lose(&mut self, me: i32, rows: &[LaneRow]) -> Vec<u16> {
+        let lost = |row: &&LaneRow| {
+            self.0
+                .get(&row.lane)
+                .is_some_and(|epoch| (row.owner, row.epoch) != (Some(me), *epoch))
+        };
+        let lost: Vec<u16> = rows.iter().filter(lost).map(|row| row.lane).collect();
+        for lane in &lost {
+            self.0.remove(lane);
+        }
+        lost
+    }
+
+    /// The executor is done with this claim.
+    pub(crate) fn give_up(&mut self, lane: u16, epoch: i32) {
+        if self.0.get(&lane) == Some(&epoch) {
+            self.0.remove(&lane);
+        }
+    }
 }
 
 /// What an instance should do about the lanes of one subscription.
@@ -166,6 +208,26 @@ mod tests {
         let rows = rows(&[Some(8), Some(9), None, Some(1)]);
         let plan = plan(1, &[1], &HashSet::from([8]), &rows);
         assert_eq!(plan.claim.iter().map(|row| row.lane).collect::<Vec<_>>(), [0, 2]);
+    }
+
+    #[test]
+    fn an_earlier_claim_that_is_given_up_late_does_not_take_the_next_with_it() {
+        let mut claims = Claims::default();
+        claims.add(0, 1);
+        claims.add(1, 1);
+        let mut rows = rows(&[Some(9), Some(1)]);
+        assert_eq!(claims.lose(1, &rows), [0]);
+        claims.add(0, 3);
+        claims.give_up(0, 1);
+        assert!(claims.holds(0));
+        claims.give_up(1, 1);
+        assert_eq!(claims.lanes().collect::<Vec<_>>(), [0]);
+        rows[0] = LaneRow {
+            lane: 0,
+            epoch: 5,
+            owner: Some(1),
+        };
+        assert_eq!(claims.lose(1, &rows), [0], "claimed once more without knowing");
     }
 
     #[test]

@@ -20,7 +20,7 @@ use tracing::{debug, info, warn};
 
 use crate::error::Error;
 use crate::executor::{Claim, Command, Event, Executor, Membership};
-use crate::lane::{LaneRow, OwnedLane, plan};
+use crate::lane::{Claims, LaneRow, OwnedLane, plan};
 use crate::link;
 use crate::news::{self, Desk, News};
 use crate::pace::{PaceSettings, Pacer};
@@ -78,8 +78,7 @@ struct Service {
     commands: mpsc::UnboundedSender<Command>,
     progress: Arc<Progress>,
     task: JoinHandle<()>,
-    /// Lanes owned, with their epochs.
-    owned: HashMap<u16, i32>,
+    claims: Claims,
     pacer: Pacer,
 }
 
@@ -233,7 +232,7 @@ impl Session {
                     commands,
                     progress,
                     task: tokio::spawn(executor.run()),
-                    owned: HashMap::new(),
+                    claims: Claims::default(),
                     pacer: Pacer::default(),
                 }
             })
@@ -406,7 +405,7 @@ impl Session {
             service.keep_pace(&look);
         }
         for service in self.services.iter().filter(|s| look.decided.contains(&s.id)) {
-            let lanes: Vec<i16> = service.owned.keys().map(|lane| *lane as i16).collect();
+            let lanes: Vec<i16> = service.claims.lanes().map(|lane| lane as i16).collect();
             let held = in_time(
                 &self.lease,
                 redelivery::of_operators(&mut self.listener, service.id, &lanes),
@@ -472,17 +471,9 @@ impl Session {
                 owner: lane.owner,
             })
             .collect();
-        let lost: Vec<u16> = rows
-            .iter()
-            .filter(|row| service.owned.contains_key(&row.lane))
-            .filter(|row| row.owner != Some(me) || service.owned.get(&row.lane) != Some(&row.epoch))
-            .map(|row| row.lane)
-            .collect();
+        let lost = service.claims.lose(me, &rows);
         if !lost.is_empty() {
             warn!(subscription = service.id, lanes = ?lost, "lanes have another owner now");
-            for lane in &lost {
-                service.owned.remove(lane);
-            }
             service.command(Command::Revoke(lost));
         }
         // A lane that was claimed without the answer arriving, or that an operator moved, is claimed again. More than the share, too: nobody
@@ -490,7 +481,7 @@ impl Session {
         let mut strays = Vec::new();
         for row in rows
             .iter_mut()
-            .filter(|row| row.owner == Some(me) && !service.owned.contains_key(&row.lane))
+            .filter(|row| row.owner == Some(me) && !service.claims.holds(row.lane))
         {
             row.owner = None;
             strays.push(*row);
@@ -536,7 +527,7 @@ impl Session {
         let lanes = claimed
             .into_iter()
             .map(|(lane, epoch, cut, pending, done, crashes)| {
-                service.owned.insert(lane as u16, epoch);
+                service.claims.add(lane as u16, epoch);
                 let lane_state = OwnedLane {
                     pending: pending.into_iter().filter(|offset| *offset < cut).collect(),
                     done: done.into_iter().collect(),
@@ -603,8 +594,8 @@ impl Session {
         };
         let mut columns = Columns::default();
         columns.push_snapshot(service.id, snapshot);
-        for lane in &columns.lanes {
-            service.owned.remove(&(*lane as u16));
+        for (lane, epoch) in columns.lanes.iter().zip(&columns.epochs) {
+            service.claims.give_up(*lane as u16, *epoch);
         }
         let query = sqlx::query("SELECT postbox.release($1, $2, $3, $4, $5, $6, $7)")
             .bind(self.id)
@@ -665,7 +656,7 @@ impl Service {
         let Some(settings) = look.paces.iter().find(|settings| settings.id == self.id) else {
             return;
         };
-        let (owned, all) = (self.owned.len(), usize::from(self.lanes));
+        let (owned, all) = (self.claims.lanes().count(), usize::from(self.lanes));
         if let Some(pace) = self.pacer.change(settings, look.now, owned, all) {
             self.command(Command::Pace(pace));
         }

@@ -138,6 +138,31 @@ async fn a_stale_owner_cannot_commit_and_cannot_move_a_cursor() {
     assert_eq!(at_99, 0);
 }
 
+#[handler(group = "robbed", concurrency = 8, lanes = 8)]
+async fn robbed(step: Step, mut tx: Tx) -> Result<(), HandlerError> {
+    write(&mut tx, &step).await?;
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    Ok(())
+}
+
+/// Its lanes become stale one after the other, some while the session already claims others again.
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_that_are_taken_again_and_again_keep_their_order() {
+    let bench = bench().await;
+    bench.sql(TABLES).await;
+    let _consumer = bench.start(handlers![robbed]).await;
+    const ROUNDS: i64 = 30;
+    let steps = steps(16, ROUNDS);
+    for round in steps.chunks(16) {
+        publish_steps(bench.db.pool(), round).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        take_over(bench.db.pool()).await;
+    }
+    settled(bench.db.pool(), "robbed").await;
+    assert_eq!(bench.number("SELECT count(*) FROM effect").await, 16 * ROUNDS);
+    assert_eq!(bench.number(WRONG).await, 0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_settlement_without_its_session_is_refused() {
     let bench = bench().await;
