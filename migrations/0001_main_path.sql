@@ -489,15 +489,18 @@ DECLARE
     ignored     text;
     -- The segment that is being made.
     topic       text;
-    slot        smallint := -2;
+    slot        smallint;
     count       integer := 0;
     bytes       bigint := 0;
     xids        xid8[];
     seqs        bigint[];
     keys        integer[];
     first_head  bigint;
+    -- The messages of its topic, and which of them are its own.
+    its         record;
+    low         integer;
+    high        integer;
     -- The next message.
-    its_slot    smallint;
     its_xid     xid8;
     its_seq     bigint;
     its_topic   text;
@@ -591,57 +594,57 @@ BEGIN
             last_xip := ARRAY(SELECT pg_snapshot_xip(last_look));
         END IF;
         latest := pg_sequence_last_value('postbox.outbox_seq');
-        topic := NULL;
-        count := 0;
         rows := NULL;
-        -- What became visible since the last tick, by seq, not by xid: a transaction's xid may be older than its insert. The last row is none:
-        -- it has this statement's snapshot, for the new tick.
-        FOR its_slot, its_xid, its_seq, its_topic, its_key, its_bytes, look IN
-            SELECT o.slot, o.xid, o.seq, o.topic COLLATE "C", postbox.key_hash(o.key), octet_length(o.payload), NULL::pg_snapshot
-            FROM postbox.outbox o
-            WHERE o.xid >= last_xmax
-            UNION ALL
-            SELECT o.slot, o.xid, o.seq, o.topic COLLATE "C", postbox.key_hash(o.key), octet_length(o.payload), NULL FROM postbox.outbox o
-            WHERE o.xid = ANY (last_xip)
-            UNION ALL
-            SELECT -1, NULL, NULL, NULL, NULL, NULL, pg_current_snapshot()
-            ORDER BY 4, 3
+        -- What became visible since the last tick, by seq, not by xid: a transaction's xid may be older than its insert. The aggregates keep the
+        -- order in which they are fed, which is that of their groups. The last group is none: it is there to have this statement's snapshot, for
+        -- the new tick, when there is no other.
+        FOR its IN
+            SELECT m.topic, array_agg(m.slot) AS slots, array_agg(m.xid) AS xids, array_agg(m.seq) AS seqs, array_agg(m.key) AS keys,
+                array_agg(m.bytes) AS bytes, pg_current_snapshot() AS look
+            FROM (
+                SELECT o.seq, o.xid, o.slot, octet_length(o.payload) AS bytes, o.topic COLLATE "C" AS topic, postbox.key_hash(o.key) AS key
+                FROM postbox.outbox o WHERE o.xid >= last_xmax
+                UNION ALL
+                SELECT o.seq, o.xid, o.slot, octet_length(o.payload), o.topic COLLATE "C", postbox.key_hash(o.key)
+                FROM postbox.outbox o WHERE o.xid = ANY (last_xip)
+                UNION ALL
+                SELECT NULL, NULL, NULL, NULL, NULL, NULL
+                ORDER BY topic, seq) m
+            GROUP BY m.topic
         LOOP
-            -- Cut where the slot changes; grouping by slot would reorder around a slot's boundary.
-            IF count = 1024 OR its_slot <> slot OR its_topic IS DISTINCT FROM topic THEN
-                IF count > 0 THEN
-                    INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
-                    VALUES (slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
-                    messages := messages + count;
-                    last_head := last_head + count;
-                    last_slot := slot;
-                END IF;
-                IF topic IS NOT NULL AND its_topic IS DISTINCT FROM topic THEN
-                    topics := topics || topic;
-                    heads := heads || last_head;
-                    counts := counts || last_head - first_head;
-                END IF;
-                EXIT WHEN its_topic IS NULL;
-                IF its_topic IS DISTINCT FROM topic THEN
-                    topic := its_topic;
-                    first_head := postbox.next_offset(topic);
-                    last_head := first_head;
-                    IF first_head = 0 THEN
-                        INSERT INTO postbox.topic (name) VALUES (topic) ON CONFLICT DO NOTHING;
-                    END IF;
-                END IF;
-                slot := its_slot;
-                count := 0;
-                bytes := 0;
-                xids := '{}';
-                seqs := '{}';
-                keys := '{}';
+            look := its.look;
+            EXIT WHEN its.topic IS NULL;
+            topic := its.topic;
+            first_head := postbox.next_offset(topic);
+            last_head := first_head;
+            IF first_head = 0 THEN
+                INSERT INTO postbox.topic (name) VALUES (topic) ON CONFLICT DO NOTHING;
             END IF;
-            count := count + 1;
-            xids[count] := its_xid;
-            seqs[count] := its_seq;
-            keys[count] := its_key;
-            bytes := bytes + its_bytes;
+            WHILE last_head - first_head < cardinality(its.seqs) LOOP
+                low := last_head - first_head + 1;
+                high := least(low + 1023, cardinality(its.seqs));
+                slot := its.slots[low];
+                -- Cut where the slot changes; grouping by slot would reorder around a slot's boundary.
+                IF array_remove(its.slots[low:high], slot) <> '{}' THEN
+                    high := low;
+                    WHILE its.slots[high + 1] = slot LOOP
+                        high := high + 1;
+                    END LOOP;
+                END IF;
+                count := high - low + 1;
+                bytes := (SELECT sum(b) FROM unnest(its.bytes[low:high]) b);
+                xids := its.xids[low:high];
+                seqs := its.seqs[low:high];
+                keys := its.keys[low:high];
+                INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
+                VALUES (slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
+                messages := messages + count;
+                last_head := last_head + count;
+                last_slot := slot;
+            END LOOP;
+            topics := topics || topic;
+            heads := heads || last_head;
+            counts := counts || last_head - first_head;
         END LOOP;
         last_look := look;
         last_topic := topic;
@@ -682,9 +685,9 @@ COMMENT ON FUNCTION postbox.step IS
 CREATE FUNCTION postbox.sequence() RETURNS TABLE (topic text, head bigint, messages bigint)
     LANGUAGE sql VOLATILE
     -- Plans made while the tables were empty would scan sequentially for ever; and the cost that enable_seqscan adds
-    -- switches JIT on, which takes hundreds of milliseconds. A dispatcher has them as settings of its session, since changing them costs too much
-    -- for a small step.
-    SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
+    -- switches JIT on, which takes hundreds of milliseconds. Groups are to come as they were sorted. A dispatcher has them as settings of its
+    -- session, since changing them costs too much for a small step.
+    SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashagg = off SET jit = off SET plan_cache_mode = force_generic_plan AS $$
     SELECT u.* FROM postbox.step(NULL, NULL) s, unnest(s.topics, s.heads, s.counts) AS u (topic, head, messages)
 $$;
 COMMENT ON FUNCTION postbox.sequence IS 'One step of the sequencer, for use by hand; a row is a topic that got messages.';

@@ -70,7 +70,7 @@ const BELL: i32 = 2;
 /// A step may commit asynchronously: whatever depends on it durably is behind it in the WAL. It must be READ COMMITTED, whatever
 /// the database defaults to. The others are those of `postbox.sequence`.
 const SETTINGS: &str = "SET synchronous_commit = off; SET default_transaction_isolation = 'read committed'; \
-     SET enable_seqscan = off; SET enable_bitmapscan = off; SET jit = off; SET plan_cache_mode = force_generic_plan";
+     SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_hashagg = off; SET jit = off; SET plan_cache_mode = force_generic_plan";
 
 const STEP: &str = "SELECT s.last_tick, s.last_look::text, s.last_seq, s.last_slot, s.last_topic, s.last_head, s.messages, s.news, \
          r.seq, r.id, r.type, r.key, r.headers, r.content_type, r.payload, r.published_at, r.expires_at \

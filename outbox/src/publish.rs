@@ -113,11 +113,10 @@ const INSERT: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers,
      VALUES ($1, $2, $3, $4, $5, $6, $7)";
 
 /// Rows take their seq in the order of the arrays, so a batch keeps its order. Several `unnest` in the select list go through the arrays as
-/// they are; in FROM, each would be put in a store of tuples first, which is a sixth of what a row costs. A shorter array goes on as nulls. The
-/// slot is worked out once.
-const INSERT_BATCH: &str = "INSERT INTO postbox.outbox (slot, id, topic, type, key, headers, content_type, payload) \
-     SELECT (SELECT postbox.slot_of(postbox.clock())), unnest($1::uuid[]), unnest($2::text[]), unnest($3::text[]), unnest($4::text[]), \
-         unnest($5::jsonb[]), unnest($6::text[]), unnest($7::bytea[])";
+/// they are; in FROM, each would be put in a store of tuples first, which is a sixth of what a row costs. A shorter array goes on as nulls.
+const INSERT_BATCH: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload) \
+     SELECT unnest($1::uuid[]), unnest($2::text[]), unnest($3::text[]), unnest($4::text[]), unnest($5::jsonb[]), unnest($6::text[]), \
+         unnest($7::bytea[])";
 
 const CANCEL: &str = "SELECT postbox.cancel($1)";
 const RESCHEDULE: &str = "SELECT postbox.reschedule($1, $2)";
@@ -279,7 +278,10 @@ impl Columns {
 
 /// Without the nulls at the end, which for an optional column are often all.
 fn up_to_the_last<T>(column: &[Option<T>]) -> &[Option<T>] {
-    let len = column.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+    let len = column
+        .iter()
+        .rposition(Option::is_some)
+        .map_or(0, |last| last + 1);
     &column[..len]
 }
 
