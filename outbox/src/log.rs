@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt;
 use serde_json::Value;
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
@@ -281,35 +282,28 @@ impl Request {
         if self.entries.is_empty() {
             return Ok(());
         }
-        let rows = match self.dense_range() {
-            Some((low, high)) => {
-                sqlx::query(RANGE)
-                    .bind(self.slot)
-                    .bind(low.xid)
-                    .bind(high.xid)
-                    .bind(low.seq)
-                    .bind(high.seq)
-                    .bind(topic)
-                    .fetch_all(connection)
-                    .await?
-            }
+        let query = match self.dense_range() {
+            Some((low, high)) => sqlx::query(RANGE)
+                .bind(self.slot)
+                .bind(low.xid)
+                .bind(high.xid)
+                .bind(low.seq)
+                .bind(high.seq)
+                .bind(topic),
             None => {
                 let (xids, seqs): (Vec<Xid>, Vec<i64>) =
                     self.entries.iter().map(|e| (e.0.xid, e.0.seq)).unzip();
-                sqlx::query(BY_ADDRESS)
-                    .bind(self.slot)
-                    .bind(xids)
-                    .bind(seqs)
-                    .fetch_all(connection)
-                    .await?
+                sqlx::query(BY_ADDRESS).bind(self.slot).bind(xids).bind(seqs)
             }
         };
-        for row in &rows {
+        // Each is decoded and let go of at once, while it is in the processor's cache.
+        let mut rows = query.fetch(connection);
+        while let Some(row) = rows.try_next().await? {
             let seq: i64 = row.try_get_unchecked(0)?;
             if let Ok(place) = places.binary_search_by_key(&seq, |place| place.0) {
                 let (_, offset, key_hash) = self.entries[places[place].1];
                 let n = start + (offset.get() - self.from) as usize;
-                found[n] = Some(decode(row, 0, seq, offset, key_hash, types)?);
+                found[n] = Some(decode(&row, 0, seq, offset, key_hash, types)?);
             }
         }
         Ok(())

@@ -56,17 +56,7 @@ pub trait Publish: Send {
         I: IntoIterator,
         I::Item: Into<Outgoing>,
     {
-        let valid: Result<Vec<Valid>> = messages
-            .into_iter()
-            .enumerate()
-            .map(|(index, message)| {
-                let message: Outgoing = message.into();
-                message.validate().map_err(|source| Error::InBatch {
-                    index,
-                    source: Box::new(source),
-                })
-            })
-            .collect();
+        let valid = validate_all(messages);
         async move { publish_batch(self.transaction(), valid?).await }
     }
 
@@ -158,13 +148,31 @@ async fn publish_one(connection: &mut PgConnection, message: Valid) -> Result<Me
     Ok(id)
 }
 
+fn validate_all<I>(messages: I) -> Result<Vec<Valid>>
+where
+    I: IntoIterator,
+    I::Item: Into<Outgoing>,
+{
+    let messages = messages.into_iter();
+    // Not collected: to collect results knows of no size, and a growing vector moves all that it has.
+    let mut valid = Vec::with_capacity(messages.size_hint().0);
+    for (index, message) in messages.enumerate() {
+        let message: Outgoing = message.into();
+        valid.push(message.validate().map_err(|source| Error::InBatch {
+            index,
+            source: Box::new(source),
+        })?);
+    }
+    Ok(valid)
+}
+
 async fn publish_batch(connection: &mut PgConnection, messages: Vec<Valid>) -> Result<Vec<MessageId>> {
     lock_keys(connection, &messages).await?;
     let mut ids = Vec::with_capacity(messages.len());
     let mut rest = messages.into_iter().peekable();
     while rest.peek().is_some() {
         let mut bytes = 0;
-        let mut columns = Columns::default();
+        let mut columns = Columns::with_room_for(rest.len().min(BATCH_ROWS));
         while let Some(message) = rest.next_if(|m| {
             columns.ids.is_empty()
                 || (columns.ids.len() < BATCH_ROWS && bytes + m.payload.len() <= BATCH_BYTES)
@@ -196,7 +204,6 @@ async fn lock_keys(connection: &mut PgConnection, messages: &[Valid]) -> Result<
 }
 
 /// A batch, column by column, as `unnest` takes it.
-#[derive(Default)]
 struct Columns {
     ids: Vec<Uuid>,
     topics: Vec<Cow<'static, str>>,
@@ -215,6 +222,25 @@ struct Columns {
 }
 
 impl Columns {
+    fn with_room_for(rows: usize) -> Self {
+        Self {
+            ids: Vec::with_capacity(rows),
+            topics: Vec::with_capacity(rows),
+            types: Vec::with_capacity(rows),
+            keys: Vec::with_capacity(rows),
+            headers: Vec::with_capacity(rows),
+            content_types: Vec::with_capacity(rows),
+            payloads: Vec::with_capacity(rows),
+            dedup_keys: Vec::with_capacity(rows),
+            dedup_windows: Vec::with_capacity(rows),
+            deliver_at: Vec::with_capacity(rows),
+            delays: Vec::with_capacity(rows),
+            expires_at: Vec::with_capacity(rows),
+            lifetimes: Vec::with_capacity(rows),
+            has_special: false,
+        }
+    }
+
     fn push(&mut self, message: Valid) {
         self.has_special |= message.is_special();
         self.ids.push(message.id.as_uuid());
