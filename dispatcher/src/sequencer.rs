@@ -50,6 +50,13 @@ pub(crate) struct Sequencer {
     last: Last,
 }
 
+/// What a step found.
+struct Step {
+    messages: i64,
+    /// As far as it could see, a consumer is there to be told.
+    is_awaited: bool,
+}
+
 /// What the last step returned, which spares the next one looking it up.
 #[derive(Default, sqlx::FromRow)]
 struct Last {
@@ -111,9 +118,12 @@ impl Sequencer {
         let (mut since, mut found) = (Instant::now(), 0);
         loop {
             let begun = Instant::now();
-            let messages = self.step().await?;
+            let Step { messages, is_awaited } = self.step().await?;
             found += messages;
-            let pause = cost(messages) * SHARE + begun.elapsed() / 2;
+            let pause = match is_awaited {
+                true => cost(messages) * SHARE + begun.elapsed() / 2,
+                false => LONGEST_TICK,
+            };
             self.pause(pause.clamp(self.tick, LONGEST_TICK.max(self.tick)))
                 .await?;
             if since.elapsed() >= BUSY_FOR {
@@ -168,7 +178,7 @@ impl Sequencer {
         Ok(())
     }
 
-    async fn step(&mut self) -> Result<i64, sqlx::Error> {
+    async fn step(&mut self) -> Result<Step, sqlx::Error> {
         let last = std::mem::take(&mut self.last);
         let _stepping = self.desk.stepping();
         let step = sqlx::query(STEP)
@@ -184,7 +194,9 @@ impl Sequencer {
         let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
         self.last = Last::from_row(first)?;
         let messages: i64 = first.try_get("messages")?;
-        if let Some(text) = first.try_get("news")? {
+        let text: Option<String> = first.try_get("news")?;
+        let is_awaited = messages == 0 || text.is_some();
+        if let Some(text) = text {
             self.desk.tell(news(text, &rows));
         }
         if messages > 0 {
@@ -193,7 +205,7 @@ impl Sequencer {
                 .messages
                 .fetch_add(messages as u64, Ordering::Relaxed);
         }
-        Ok(messages)
+        Ok(Step { messages, is_awaited })
     }
 }
 

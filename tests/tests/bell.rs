@@ -297,6 +297,56 @@ async fn after_a_rush_a_dispatcher_sleeps_while_few_messages_come() {
     dispatcher.shutdown().await;
 }
 
+/// How many steps were taken within some time, and how long that was.
+async fn steps_within(pool: &PgPool, span: Duration) -> (i64, Duration) {
+    const STEPS: &str = "SELECT last_value FROM postbox.tick_id";
+    let begun = Instant::now();
+    let before: i64 = sqlx::query_scalar(STEPS).fetch_one(pool).await.unwrap();
+    tokio::time::sleep(span).await;
+    let after: i64 = sqlx::query_scalar(STEPS).fetch_one(pool).await.unwrap();
+    (after - before, begun.elapsed())
+}
+
+/// A publisher has the more of the machine.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_a_rush_steps_are_few_while_no_consumer_waits_for_them() {
+    const SLOW: Duration = Duration::from_millis(50);
+    let db = Arc::new(TestDatabase::new().await.unwrap());
+    let dispatcher = Dispatcher::new(db.connect_pool(2)).start().await.unwrap();
+    let rush = tokio::spawn({
+        let pool = db.connect_pool(1);
+        async move {
+            loop {
+                let mut tx = pool.begin().await.expect("a transaction");
+                let messages = (0..20).map(|n| Outgoing::json("t", &n));
+                tx.publish_all(messages).await.expect("published");
+                tx.commit().await.expect("committed");
+                // So many that steps are large would make the pauses long, too.
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    });
+    let at_pace = |(steps, took): (i64, Duration)| steps as f64 / (took.as_secs_f64() / SLOW.as_secs_f64());
+    // It takes a while to know that it is a rush, and that nobody waits.
+    eventually(SOON, async || {
+        match at_pace(steps_within(db.pool(), Duration::from_millis(500)).await) {
+            pace if pace > 0.2 && pace < 1.2 => Ok(()),
+            pace => Err(format!("{pace} steps every {SLOW:?}")),
+        }
+    })
+    .await;
+    let _ear = Ear::new(&db).await;
+    eventually(SOON, async || {
+        match at_pace(steps_within(db.pool(), Duration::from_millis(500)).await) {
+            pace if pace > 1.5 => Ok(()),
+            pace => Err(format!("{pace} steps every {SLOW:?} for a consumer")),
+        }
+    })
+    .await;
+    rush.abort();
+    dispatcher.shutdown().await;
+}
+
 /// Publishes now and then; returns how long the slowest took to be sequenced.
 async fn slowest_of(db: &TestDatabase, ear: &mut Ear, first: i64, messages: i64) -> Duration {
     let stalls = Stalls::watch();
