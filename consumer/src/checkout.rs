@@ -46,7 +46,8 @@ const COMMIT: &str = begun_by!("COMMIT AND CHAIN");
 impl Checkout {
     /// A transaction on a connection of the pool.
     pub(crate) async fn begin(pool: &PgPool) -> Result<Self, sqlx::Error> {
-        let transaction = pool.begin_with(BEGIN).await?;
+        // sqlx's future has many kilobytes, and every run of a handler would carry them about, though few begin so.
+        let transaction = Box::pin(pool.begin_with(BEGIN)).await?;
         let since = Instant::now();
         Ok(Self {
             transaction,

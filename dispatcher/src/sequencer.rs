@@ -15,7 +15,8 @@ use sqlx::{FromRow, PgPool, Row};
 use crate::bell::{BUSY_FOR, Bell, Rush, SLEEPING_POLL, STANDBY_WAIT, Taken, WAITING_POLL};
 use crate::ear::{self, Ear};
 
-/// The pause between two steps, however much they find.
+/// The pause between two steps, however much they find; and how much more when they find many topics, each of which costs something of its own.
+const LONG_TICK: Duration = Duration::from_millis(20);
 const LONGEST_TICK: Duration = Duration::from_millis(50);
 /// Under load a step is followed by a pause of so many times its cost, so that steps take a twentieth of a core, and are larger where there is more
 /// to do. By cost, not by the clock: on a busy machine a step takes long because others run, and waiting longer would only add to that.
@@ -53,6 +54,8 @@ pub(crate) struct Sequencer {
 /// What a step found.
 struct Step {
     messages: i64,
+    /// How many have new messages.
+    topics: u32,
     /// As far as it could see, a consumer is there to be told.
     is_awaited: bool,
 }
@@ -79,11 +82,11 @@ const BELL: i32 = 2;
 const SETTINGS: &str = "SET synchronous_commit = off; SET default_transaction_isolation = 'read committed'; \
      SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_hashagg = off; SET jit = off; SET plan_cache_mode = force_generic_plan";
 
-const STEP: &str = "SELECT s.last_tick, s.last_look::text, s.last_seq, s.last_slot, s.last_topic, s.last_head, s.messages, s.news, \
+const STEP: &str = "SELECT s.last_tick, s.last_look::text, s.last_seq, s.last_slot, s.last_topic, s.last_head, s.messages, coalesce(cardinality(s.topics), 0) AS topics, s.news, \
          r.seq, r.id, r.type, r.key, r.headers, r.content_type, r.payload, r.published_at, r.expires_at \
      FROM postbox.step($1, $2::text::pg_snapshot, $3, $4, $5, $6, $7) s LEFT JOIN LATERAL unnest(s.rows) r ON true";
 /// Where the columns of messages begin.
-const ROWS: usize = 8;
+const ROWS: usize = 9;
 
 impl Sequencer {
     pub(crate) async fn connect(
@@ -118,10 +121,17 @@ impl Sequencer {
         let (mut since, mut found) = (Instant::now(), 0);
         loop {
             let begun = Instant::now();
-            let Step { messages, is_awaited } = self.step().await?;
+            let Step {
+                messages,
+                topics,
+                is_awaited,
+            } = self.step().await?;
             found += messages;
             let pause = match is_awaited {
-                true => cost(messages) * SHARE + begun.elapsed() / 2,
+                true => {
+                    let of_messages = (cost(messages) * SHARE + begun.elapsed() / 2).min(LONG_TICK);
+                    of_messages.max(TOPIC_COST * topics * SHARE)
+                }
                 false => LONGEST_TICK,
             };
             self.pause(pause.clamp(self.tick, LONGEST_TICK.max(self.tick)))
@@ -205,9 +215,16 @@ impl Sequencer {
                 .messages
                 .fetch_add(messages as u64, Ordering::Relaxed);
         }
-        Ok(Step { messages, is_awaited })
+        Ok(Step {
+            messages,
+            topics: u32::try_from(first.try_get::<i32, _>("topics")?).unwrap_or(0),
+            is_awaited,
+        })
     }
 }
+
+/// About what each topic adds, for its segment.
+const TOPIC_COST: Duration = Duration::from_micros(60);
 
 /// About what a step costs the server.
 fn cost(messages: i64) -> Duration {

@@ -301,9 +301,9 @@ async fn after_a_rush_a_dispatcher_sleeps_while_few_messages_come() {
 async fn steps_within(pool: &PgPool, span: Duration) -> (i64, Duration) {
     const STEPS: &str = "SELECT last_value FROM postbox.tick_id";
     let begun = Instant::now();
-    let before: i64 = sqlx::query_scalar(STEPS).fetch_one(pool).await.unwrap();
+    let before: i64 = sqlx::query_scalar(STEPS).fetch_one(pool).await.expect("steps");
     tokio::time::sleep(span).await;
-    let after: i64 = sqlx::query_scalar(STEPS).fetch_one(pool).await.unwrap();
+    let after: i64 = sqlx::query_scalar(STEPS).fetch_one(pool).await.expect("steps");
     (after - before, begun.elapsed())
 }
 
