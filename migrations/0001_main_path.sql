@@ -481,15 +481,13 @@ CREATE FUNCTION postbox.step(
 #variable_conflict use_variable
 DECLARE
     look        pg_snapshot;
-    last_xmax   xid8 := '0';
+    last_xmax   xid8;
     last_xip    xid8[] := '{}';
     latest      bigint;
-    is_lean     boolean := false;
     foreigner   text;
     ignored     text;
-    -- The segment that is being made.
+    -- The segment that is being made, in last_slot.
     topic       text;
-    slot        smallint;
     count       integer := 0;
     bytes       bigint := 0;
     xids        xid8[];
@@ -507,6 +505,7 @@ DECLARE
     its_key     integer;
     its_bytes   integer;
     its_row     postbox.outbox[];
+    its_look    pg_snapshot;
 BEGIN
     messages := 0;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -538,22 +537,19 @@ BEGIN
         -- The same transactions are finished as at the last look: nothing can be new.
         RETURN;
     END IF;
-    IF last_look IS NOT NULL THEN
-        last_xmax := pg_snapshot_xmax(last_look);
-    END IF;
+    last_xmax := coalesce(pg_snapshot_xmax(last_look), '0');
 
     -- Where steps are small, most of their time is starting the statement further below: a few messages of one topic and slot do without it.
     -- Every number up to last_seq is dealt with, so if those found here are all that were given since, nothing else can be new. No aggregates
-    -- and no sorting: they cost more to start than a few messages in a loop.
+    -- and no sorting: they cost more to start than a few messages in a loop. And few expressions, since each is prepared anew in every transaction.
     IF last_seq IS NOT NULL THEN
-        is_lean := true;
-        FOR its_xid, its_seq, its_topic, its_key, its_bytes, its_row, look IN
+        FOR its_xid, its_seq, its_topic, its_key, its_bytes, its_row, its_look IN
             SELECT o.xid, o.seq, o.topic, postbox.key_hash(o.key), octet_length(o.payload),
                 CASE WHEN octet_length(o.payload) <= wanted_bytes THEN ARRAY[o] END, pg_current_snapshot()
-            FROM postbox.outbox o WHERE o.slot = last_slot AND o.xid >= last_xmax LIMIT 65
+            FROM postbox.outbox o WHERE o.slot = last_slot AND o.xid >= last_xmax
         LOOP
             IF its_seq <= coalesce(seqs[count], last_seq) OR its_topic <> topic OR count = 64 THEN
-                is_lean := false;
+                count := NULL;
                 EXIT;
             END IF;
             count := count + 1;
@@ -566,10 +562,10 @@ BEGIN
         END LOOP;
         -- After the statement, whose snapshot sees no number that is given later.
         latest := pg_sequence_last_value('postbox.outbox_seq');
-        is_lean := is_lean AND count = latest - last_seq;
     END IF;
-    IF is_lean THEN
-        last_look := look;
+    IF count = latest - last_seq THEN
+        -- Where nothing was found, the look before it will do: nothing was to be found between them.
+        last_look := coalesce(its_look, look);
         last_seq := latest;
         IF count = 0 THEN
             RETURN;
@@ -581,9 +577,8 @@ BEGIN
         IF last_head = 0 THEN
             INSERT INTO postbox.topic (name) VALUES (topic) ON CONFLICT DO NOTHING;
         END IF;
-        slot := last_slot;
         INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
-        VALUES (slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
+        VALUES (last_slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
         messages := count;
         last_head := last_head + count;
         IF cardinality(rows) < count THEN
@@ -623,11 +618,11 @@ BEGIN
             WHILE last_head - first_head < cardinality(its.seqs) LOOP
                 low := last_head - first_head + 1;
                 high := least(low + 1023, cardinality(its.seqs));
-                slot := its.slots[low];
+                last_slot := its.slots[low];
                 -- Cut where the slot changes; grouping by slot would reorder around a slot's boundary.
-                IF array_remove(its.slots[low:high], slot) <> '{}' THEN
+                IF array_remove(its.slots[low:high], last_slot) <> '{}' THEN
                     high := low;
-                    WHILE its.slots[high + 1] = slot LOOP
+                    WHILE its.slots[high + 1] = last_slot LOOP
                         high := high + 1;
                     END LOOP;
                 END IF;
@@ -637,10 +632,9 @@ BEGIN
                 seqs := its.seqs[low:high];
                 keys := its.keys[low:high];
                 INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
-                VALUES (slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
+                VALUES (last_slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
                 messages := messages + count;
                 last_head := last_head + count;
-                last_slot := slot;
             END LOOP;
             topics := topics || topic;
             heads := heads || last_head;
@@ -659,7 +653,7 @@ BEGIN
         END IF;
     END IF;
     last_tick := nextval('postbox.tick_id');
-    INSERT INTO postbox.tick (id, snapshot) VALUES (last_tick, look);
+    INSERT INTO postbox.tick (id, snapshot) VALUES (last_tick, last_look);
 
     -- Every consumer that is there to be woken holds this shared; held to the commit here, so that one which comes
     -- meanwhile waits and then looks.
@@ -667,7 +661,7 @@ BEGIN
         -- Where a few messages are is told at once; others look. A name that a plain INSERT got past the alphabet is found by the poll.
         IF messages = count AND count <= 64 THEN
             news := CASE WHEN last_topic ~ '[^A-Za-z0-9._:/-]' THEN '' ELSE
-                concat_ws(' ', last_topic, last_head, concat_ws(':', slot, bytes, array_to_string(xids, ','), array_to_string(seqs, ','),
+                concat_ws(' ', last_topic, last_head, concat_ws(':', last_slot, bytes, array_to_string(xids, ','), array_to_string(seqs, ','),
                     array_to_string(keys, ',', '-'))) END;
         ELSE
             SELECT coalesce(string_agg(concat_ws(' ', t.topic, t.head, '-'), ' '), '') INTO news FROM unnest(topics, heads) AS t (topic, head)
@@ -676,7 +670,7 @@ BEGIN
         IF octet_length(news) > 7000 THEN
             news := '';
         END IF;
-        PERFORM pg_notify('postbox_segment', news);
+        ignored := pg_notify('postbox_segment', news)::text;
     END IF;
 END $$;
 COMMENT ON FUNCTION postbox.step IS

@@ -21,6 +21,10 @@ const LONGEST_TICK: Duration = Duration::from_millis(50);
 /// Under load a step is followed by a pause of so many times its cost, so that steps take a twentieth of a core, and are larger where there is more
 /// to do. By cost, not by the clock: on a busy machine a step takes long because others run, and waiting longer would only add to that.
 const SHARE: u32 = 19;
+/// About what a step costs the server, each message of it, and each topic, for its segment.
+const STEP_COST: Duration = Duration::from_micros(300);
+const MESSAGE_COST: Duration = Duration::from_micros(2);
+const TOPIC_COST: Duration = Duration::from_micros(60);
 /// So few messages in [`BUSY_FOR`] are fewer than a rush: then being rung costs no more than polling, and they come sooner.
 const FEW: i64 = 8;
 /// A statement that takes longer means that the connection is dead. A step over many millions of messages is slow.
@@ -121,21 +125,9 @@ impl Sequencer {
         let (mut since, mut found) = (Instant::now(), 0);
         loop {
             let begun = Instant::now();
-            let Step {
-                messages,
-                topics,
-                is_awaited,
-            } = self.step().await?;
-            found += messages;
-            let pause = match is_awaited {
-                true => {
-                    let of_messages = (cost(messages) * SHARE + begun.elapsed() / 2).min(LONG_TICK);
-                    of_messages.max(TOPIC_COST * topics * SHARE)
-                }
-                false => LONGEST_TICK,
-            };
-            self.pause(pause.clamp(self.tick, LONGEST_TICK.max(self.tick)))
-                .await?;
+            let step = self.step().await?;
+            found += step.messages;
+            self.pause(step.pause(begun.elapsed()).max(self.tick)).await?;
             if since.elapsed() >= BUSY_FOR {
                 if found <= FEW {
                     break;
@@ -223,13 +215,18 @@ impl Sequencer {
     }
 }
 
-/// About what each topic adds, for its segment.
-const TOPIC_COST: Duration = Duration::from_micros(60);
-
-/// About what a step costs the server.
-fn cost(messages: i64) -> Duration {
-    let each = u64::try_from(messages).unwrap_or(0).saturating_mul(2);
-    Duration::from_micros(300 + each)
+impl Step {
+    /// How long to wait after it.
+    fn pause(&self, took: Duration) -> Duration {
+        if !self.is_awaited {
+            return LONGEST_TICK;
+        }
+        let messages = u32::try_from(self.messages).unwrap_or(u32::MAX);
+        let cost = STEP_COST + MESSAGE_COST * messages;
+        let for_messages = cost.saturating_mul(SHARE).saturating_add(took / 2).min(LONG_TICK);
+        let for_topics = (TOPIC_COST * self.topics).saturating_mul(SHARE).min(LONGEST_TICK);
+        for_messages.max(for_topics)
+    }
 }
 
 /// With the messages, if they came along.
@@ -238,4 +235,33 @@ fn news(text: String, rows: &[PgRow]) -> News {
     // Consumers read what does not come.
     let messages = segment.and_then(|segment| log::messages_of(&segment, rows, ROWS).ok().flatten());
     News { text, messages }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pause_after(messages: i64, topics: u32, is_awaited: bool) -> Duration {
+        let step = Step {
+            messages,
+            topics,
+            is_awaited,
+        };
+        step.pause(Duration::from_millis(1))
+    }
+
+    #[test]
+    fn the_pause_grows_with_messages_and_topics_up_to_a_limit() {
+        assert!(pause_after(1, 1, true) < Duration::from_millis(7));
+        assert!(pause_after(100, 1, true) > pause_after(1, 1, true));
+        assert_eq!(pause_after(1_000_000, 1, true), LONG_TICK);
+        assert_eq!(pause_after(i64::MAX, 1, true), LONG_TICK);
+        assert!(pause_after(1_000, 30, true) > LONG_TICK);
+        assert_eq!(pause_after(1_000, 10_000, true), LONGEST_TICK);
+    }
+
+    #[test]
+    fn the_pause_is_the_longest_while_nobody_waits() {
+        assert_eq!(pause_after(1, 1, false), LONGEST_TICK);
+    }
 }

@@ -630,6 +630,10 @@ async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
     caller.is_up_to_date(&db, &mut one).await;
     publish_alone(&mut one, "orders", "138").await;
     caller.lean_step(&db, "orders", 1).await;
+    // Others that publish nothing.
+    run(&mut one, "SELECT pg_current_xact_id()").await;
+    assert_eq!(caller.step(&db).await, (0, None, Vec::new()));
+    assert!(caller.look.is_some() && caller.seq.is_some());
     // Two topics.
     publish_alone(&mut one, "orders", "139").await;
     publish_alone(&mut one, "payments", "2").await;
