@@ -11,7 +11,7 @@ use postbox::{Outgoing, Publish};
 use postbox_consumer::{Consumer, Delivery, HandlerError, State, Tx, handler, handlers};
 use postbox_dispatcher::Dispatcher;
 use postbox_testkit::{TestPostgres, eventually};
-use sqlx::PgPool;
+use sqlx::{Connection, PgPool};
 use support::{Bench, PATIENCE, Step, bench, publish_steps, settled, step, steps};
 use tokio::sync::Notify;
 
@@ -208,6 +208,45 @@ async fn a_settlement_without_its_session_is_refused() {
     meeting.go_on.notify_one();
     settled(bench.db.pool(), "fenced").await;
     assert_eq!(bench.number(WRONG).await, 0);
+}
+
+#[handler(group = "nested")]
+async fn nested(step: Step, mut tx: Tx) -> Result<(), HandlerError> {
+    for keep in [true, false] {
+        let mut savepoint = tx.begin().await?;
+        sqlx::query("INSERT INTO effect (key, n) VALUES ($1, $2)")
+            .bind(format!("{} {keep}", step.key))
+            .bind(step.n)
+            .execute(&mut *savepoint)
+            .await?;
+        match keep {
+            true => savepoint.commit().await?,
+            // Dropped, it is rolled back before the next statement.
+            false => drop(savepoint),
+        }
+    }
+    write(&mut tx, &step).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_handler_begins_on_its_transaction_is_a_savepoint() {
+    let bench = bench().await;
+    bench.sql(TABLES).await;
+    let _consumer = bench.start(handlers![nested]).await;
+    publish_steps(bench.db.pool(), &steps(3, 10)).await;
+    settled(bench.db.pool(), "nested").await;
+    assert_eq!(bench.number(WRONG).await, 0);
+    let of = async |keys| bench.number(keys).await;
+    assert_eq!(
+        of("SELECT count(*) FROM effect WHERE key LIKE '% true'").await,
+        30
+    );
+    assert_eq!(
+        of("SELECT count(*) FROM effect WHERE key LIKE '% false'").await,
+        0
+    );
+    assert_eq!(of("SELECT count(*) FROM effect").await, 60);
 }
 
 #[handler(group = "effects", concurrency = 8, retry(backoff = "fixed(20ms)"))]
