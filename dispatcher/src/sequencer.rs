@@ -15,8 +15,9 @@ use sqlx::{FromRow, PgPool, Row};
 use crate::bell::{BUSY_FOR, Bell, Rush, SLEEPING_POLL, STANDBY_WAIT, Taken, WAITING_POLL};
 use crate::ear::{self, Ear};
 
-/// The pause between two steps, however much they find; and how much more when they find many topics, each of which costs something of its own.
+/// The pause between two steps, however many messages they find.
 const LONG_TICK: Duration = Duration::from_millis(20);
+/// However many topics they find, each of which costs a segment of its own; and while no consumer waits for what they find.
 const LONGEST_TICK: Duration = Duration::from_millis(50);
 /// Under load a step is followed by a pause of so many times its cost, so that steps take a twentieth of a core, and are larger where there is more
 /// to do. By cost, not by the clock: on a busy machine a step takes long because others run, and waiting longer would only add to that.
@@ -86,7 +87,8 @@ const BELL: i32 = 2;
 const SETTINGS: &str = "SET synchronous_commit = off; SET default_transaction_isolation = 'read committed'; \
      SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_hashagg = off; SET jit = off; SET plan_cache_mode = force_generic_plan";
 
-const STEP: &str = "SELECT s.last_tick, s.last_look::text, s.last_seq, s.last_slot, s.last_topic, s.last_head, s.messages, coalesce(cardinality(s.topics), 0) AS topics, s.news, \
+const STEP: &str = "SELECT s.last_tick, s.last_look::text, s.last_seq, s.last_slot, s.last_topic, s.last_head, s.messages, \
+         coalesce(cardinality(s.topics), 0) AS topics, s.news, \
          r.seq, r.id, r.type, r.key, r.headers, r.content_type, r.payload, r.published_at, r.expires_at \
      FROM postbox.step($1, $2::text::pg_snapshot, $3, $4, $5, $6, $7) s LEFT JOIN LATERAL unnest(s.rows) r ON true";
 /// Where the columns of messages begin.
