@@ -548,10 +548,8 @@ BEGIN
                 CASE WHEN octet_length(o.payload) <= wanted_bytes THEN ARRAY[o] END, pg_current_snapshot()
             FROM postbox.outbox o WHERE o.slot = last_slot AND o.xid >= last_xmax
         LOOP
-            IF its_seq <= coalesce(seqs[count], last_seq) OR its_topic <> topic OR count = 64 THEN
-                count := NULL;
-                EXIT;
-            END IF;
+            -- Then there is one more than were counted, so they are fewer than were given.
+            EXIT WHEN its_seq <= coalesce(seqs[count], last_seq) OR its_topic <> topic OR count = 64;
             count := count + 1;
             topic := its_topic;
             xids[count] := its_xid;
