@@ -1,6 +1,5 @@
 //! Publishing in a transaction.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::time::Duration;
@@ -169,20 +168,26 @@ where
 async fn publish_batch(connection: &mut PgConnection, messages: Vec<Valid>) -> Result<Vec<MessageId>> {
     lock_keys(connection, &messages).await?;
     let mut ids = Vec::with_capacity(messages.len());
-    let mut rest = messages.into_iter().peekable();
-    while rest.peek().is_some() {
-        let mut bytes = 0;
-        let mut columns = Columns::with_room_for(rest.len().min(BATCH_ROWS));
-        while let Some(message) = rest.next_if(|m| {
-            columns.ids.is_empty()
-                || (columns.ids.len() < BATCH_ROWS && bytes + m.payload.len() <= BATCH_BYTES)
-        }) {
-            bytes += message.payload.len();
-            columns.push(message);
+    let mut rest = messages.as_slice();
+    while !rest.is_empty() {
+        let (batch, others) = rest.split_at(batch_len(rest));
+        match batch.iter().any(Valid::is_special) {
+            true => publish_each(connection, batch, &mut ids).await?,
+            false => insert(connection, batch, &mut ids).await?,
         }
-        columns.insert(connection, &mut ids).await?;
+        rest = others;
     }
     Ok(ids)
+}
+
+/// How many of these are one statement; one message may be larger than the limit.
+fn batch_len(messages: &[Valid]) -> usize {
+    let mut bytes = 0;
+    let fits = |message: &&Valid| {
+        bytes += message.payload.len();
+        bytes <= BATCH_BYTES
+    };
+    messages.iter().take(BATCH_ROWS).take_while(fits).count().max(1)
 }
 
 async fn lock_keys(connection: &mut PgConnection, messages: &[Valid]) -> Result<()> {
@@ -203,103 +208,56 @@ async fn lock_keys(connection: &mut PgConnection, messages: &[Valid]) -> Result<
     Ok(())
 }
 
-/// A batch, column by column, as `unnest` takes it.
-struct Columns {
-    ids: Vec<Uuid>,
-    topics: Vec<Cow<'static, str>>,
-    types: Vec<Option<Cow<'static, str>>>,
-    keys: Vec<Option<String>>,
-    headers: Vec<Option<serde_json::Value>>,
-    content_types: Vec<Option<Cow<'static, str>>>,
-    payloads: Vec<Vec<u8>>,
-    dedup_keys: Vec<Option<String>>,
-    dedup_windows: Vec<PgInterval>,
-    deliver_at: Vec<Option<DateTime<Utc>>>,
-    delays: Vec<Option<PgInterval>>,
-    expires_at: Vec<Option<DateTime<Utc>>>,
-    lifetimes: Vec<Option<PgInterval>>,
-    has_special: bool,
+/// A column of a batch, as `unnest` takes it.
+fn column<'a, T>(batch: &'a [Valid], of: impl Fn(&'a Valid) -> T) -> Vec<T> {
+    batch.iter().map(of).collect()
 }
 
-impl Columns {
-    fn with_room_for(rows: usize) -> Self {
-        Self {
-            ids: Vec::with_capacity(rows),
-            topics: Vec::with_capacity(rows),
-            types: Vec::with_capacity(rows),
-            keys: Vec::with_capacity(rows),
-            headers: Vec::with_capacity(rows),
-            content_types: Vec::with_capacity(rows),
-            payloads: Vec::with_capacity(rows),
-            dedup_keys: Vec::with_capacity(rows),
-            dedup_windows: Vec::with_capacity(rows),
-            deliver_at: Vec::with_capacity(rows),
-            delays: Vec::with_capacity(rows),
-            expires_at: Vec::with_capacity(rows),
-            lifetimes: Vec::with_capacity(rows),
-            has_special: false,
-        }
-    }
+async fn insert(connection: &mut PgConnection, batch: &[Valid], ids: &mut Vec<MessageId>) -> Result<()> {
+    sqlx::query(INSERT_BATCH)
+        .bind(column(batch, |m| m.id.as_uuid()))
+        .bind(column(batch, |m| m.topic.as_ref()))
+        .bind(up_to_the_last(&column(batch, |m| m.message_type.as_deref())))
+        .bind(up_to_the_last(&column(batch, |m| m.key.as_deref())))
+        .bind(up_to_the_last(&column(batch, |m| m.headers.as_ref())))
+        .bind(up_to_the_last(&column(batch, |m| m.content_type.as_deref())))
+        .bind(column(batch, |m| m.payload.as_slice()))
+        .execute(connection)
+        .await?;
+    ids.extend(batch.iter().map(|message| message.id));
+    Ok(())
+}
 
-    fn push(&mut self, message: Valid) {
-        self.has_special |= message.is_special();
-        self.ids.push(message.id.as_uuid());
-        self.topics.push(message.topic);
-        self.types.push(message.message_type);
-        self.keys.push(message.key);
-        self.headers.push(message.headers);
-        self.content_types.push(message.content_type);
-        self.payloads.push(message.payload);
-        let window = message
-            .dedup
+async fn publish_each(
+    connection: &mut PgConnection,
+    batch: &[Valid],
+    ids: &mut Vec<MessageId>,
+) -> Result<()> {
+    let window = |m: &Valid| {
+        m.dedup
             .as_ref()
-            .map_or(DEFAULT_DEDUP_WINDOW, |dedup| dedup.window);
-        self.dedup_keys.push(message.dedup.map(|dedup| dedup.key));
-        self.dedup_windows.push(interval(window));
-        let (due, expiry) = (message.due, message.expiry);
-        self.deliver_at.push(due.and_then(When::at).map(storable));
-        self.delays.push(due.and_then(When::span).map(interval));
-        self.expires_at.push(expiry.and_then(When::at).map(storable));
-        self.lifetimes.push(expiry.and_then(When::span).map(interval));
-    }
-
-    async fn insert(self, connection: &mut PgConnection, ids: &mut Vec<MessageId>) -> Result<()> {
-        let types: Vec<Option<&str>> = self.types.iter().map(Option::as_deref).collect();
-        let content_types: Vec<Option<&str>> = self.content_types.iter().map(Option::as_deref).collect();
-        let topics: Vec<&str> = self.topics.iter().map(Cow::as_ref).collect();
-        if self.has_special {
-            let published: Vec<Uuid> = sqlx::query_scalar(PUBLISH_EACH)
-                .bind(&self.ids)
-                .bind(topics)
-                .bind(types)
-                .bind(&self.keys)
-                .bind(&self.headers)
-                .bind(content_types)
-                .bind(&self.payloads)
-                .bind(&self.dedup_keys)
-                .bind(&self.dedup_windows)
-                .bind(&self.deliver_at)
-                .bind(&self.delays)
-                .bind(&self.expires_at)
-                .bind(&self.lifetimes)
-                .fetch_all(connection)
-                .await?;
-            ids.extend(published.into_iter().map(MessageId::from));
-        } else {
-            sqlx::query(INSERT_BATCH)
-                .bind(&self.ids)
-                .bind(topics)
-                .bind(up_to_the_last(&types))
-                .bind(up_to_the_last(&self.keys))
-                .bind(up_to_the_last(&self.headers))
-                .bind(up_to_the_last(&content_types))
-                .bind(&self.payloads)
-                .execute(connection)
-                .await?;
-            ids.extend(self.ids.into_iter().map(MessageId::from));
-        }
-        Ok(())
-    }
+            .map_or(DEFAULT_DEDUP_WINDOW, |dedup| dedup.window)
+    };
+    let published: Vec<Uuid> = sqlx::query_scalar(PUBLISH_EACH)
+        .bind(column(batch, |m| m.id.as_uuid()))
+        .bind(column(batch, |m| m.topic.as_ref()))
+        .bind(column(batch, |m| m.message_type.as_deref()))
+        .bind(column(batch, |m| m.key.as_deref()))
+        .bind(column(batch, |m| m.headers.as_ref()))
+        .bind(column(batch, |m| m.content_type.as_deref()))
+        .bind(column(batch, |m| m.payload.as_slice()))
+        .bind(column(batch, |m| {
+            m.dedup.as_ref().map(|dedup| dedup.key.as_str())
+        }))
+        .bind(column(batch, |m| interval(window(m))))
+        .bind(column(batch, |m| m.due.and_then(When::at).map(storable)))
+        .bind(column(batch, |m| m.due.and_then(When::span).map(interval)))
+        .bind(column(batch, |m| m.expiry.and_then(When::at).map(storable)))
+        .bind(column(batch, |m| m.expiry.and_then(When::span).map(interval)))
+        .fetch_all(connection)
+        .await?;
+    ids.extend(published.into_iter().map(MessageId::from));
+    Ok(())
 }
 
 /// Without the nulls at the end, which for an optional column are often all.
