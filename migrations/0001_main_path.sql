@@ -482,7 +482,7 @@ CREATE FUNCTION postbox.step(
 DECLARE
     look        pg_snapshot;
     last_xmax   xid8;
-    last_xip    xid8[] := '{}';
+    last_xip    xid8[];
     latest      bigint;
     foreigner   text;
     ignored     text;
@@ -583,9 +583,7 @@ BEGIN
             rows := NULL;
         END IF;
     ELSE
-        IF last_look IS NOT NULL THEN
-            last_xip := ARRAY(SELECT pg_snapshot_xip(last_look));
-        END IF;
+        last_xip := ARRAY(SELECT pg_snapshot_xip(last_look));
         latest := pg_sequence_last_value('postbox.outbox_seq');
         rows := NULL;
         -- What became visible since the last tick, by seq, not by xid: a transaction's xid may be older than its insert. The aggregates keep the

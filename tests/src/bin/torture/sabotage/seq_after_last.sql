@@ -1,3 +1,5 @@
+-- Sequences whatever has a greater seq than the last that was found, instead of what became visible since the last snapshot: a transaction
+-- that commits after a later one is lost.
 DO $$
 DECLARE
     now   text := pg_get_functiondef('postbox.step'::regproc);
