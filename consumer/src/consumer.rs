@@ -238,7 +238,7 @@ pub struct SubscriptionStats {
     pub topic: String,
     /// Messages handled, but for those that were discarded.
     pub handled: u64,
-    /// Runs that failed.
+    /// Runs that failed; of a batch, the messages of which its handler said so.
     pub failed: u64,
     /// Messages that handlers discarded.
     pub discarded: u64,

@@ -1,5 +1,6 @@
 //! What a handler is: which messages it takes, how it is run, and what its return value means.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -352,7 +353,7 @@ pub struct HandlerError {
     pub(crate) reason: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Decision {
     /// By the handler's policy.
     Retry,
@@ -364,6 +365,8 @@ pub(crate) enum Decision {
     DeadLetter,
     /// After this span, as if it had not run.
     Postpone(Duration),
+    /// Of a batch: these messages failed, by offset, and the others did not.
+    OfEach(BTreeMap<i64, HandlerError>),
 }
 
 impl HandlerError {
@@ -447,7 +450,7 @@ impl<E: Into<Box<dyn std::error::Error + Send + Sync>>> From<E> for HandlerError
 #[diagnostic::on_unimplemented(
     message = "a handler cannot return `{Self}`",
     label = "return `()` or `Result<(), HandlerError>`",
-    note = "the error may be any type that converts into `HandlerError` with `?`, such as `anyhow::Error`"
+    note = "the error may be any type that converts into `HandlerError` with `?`, such as `anyhow::Error`; a handler of batches may also return `BatchResult`"
 )]
 pub trait IntoOutcome {
     /// As an outcome.

@@ -38,6 +38,7 @@ mod dead_letter;
 mod error;
 mod executor;
 mod extract;
+mod failures;
 mod handler;
 mod inbox;
 mod journal;
@@ -71,6 +72,7 @@ pub use error::Error;
 pub use extract::{
     Batch, BesideBatch, Delivery, Extract, Invocation, Item, Json, Raw, ScheduledAt, State, Tx,
 };
+pub use failures::{BatchResult, Failures};
 pub use handler::{
     BoxFuture, DEFAULT_TIMEOUT, DefineHandler, Expired, HandlerDefinition, HandlerError, IntoOutcome, Order,
     Outcome, Start,

@@ -7,7 +7,8 @@ use syn::parse::{ParseStream, Parser};
 use syn::punctuated::Punctuated;
 use syn::spanned::Spanned;
 use syn::{
-    Attribute, Expr, ExprPath, FnArg, Ident, ItemFn, LitStr, ReturnType, Signature, Token, Type, bracketed,
+    Attribute, Expr, ExprPath, FnArg, Ident, ItemFn, LitStr, PathSegment, ReturnType, Signature, Token, Type,
+    bracketed,
 };
 
 use crate::attribute;
@@ -41,6 +42,7 @@ pub(crate) fn expand(options: TokenStream, item: TokenStream) -> TokenStream {
     expand_with("#[handler]", item, |signature, arguments| {
         let options = Options::read.parse2(options)?;
         check_batch(&options, arguments)?;
+        check_result(signature, arguments)?;
         Ok(definition(signature, arguments, &options))
     })
 }
@@ -371,9 +373,34 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
 
 /// Whether the argument is a batch, by its name.
 fn is_batch(argument: &Type) -> bool {
-    let Type::Path(path) = argument else { return false };
-    let last = path.path.segments.last();
-    last.is_some_and(|segment| segment.ident == "Batch" && !segment.arguments.is_none())
+    last_segment(argument).is_some_and(|segment| segment.ident == "Batch" && !segment.arguments.is_none())
+}
+
+fn last_segment(named: &Type) -> Option<&PathSegment> {
+    match named {
+        Type::Path(path) => path.path.segments.last(),
+        _ => None,
+    }
+}
+
+/// Who returns a `BatchResult` has a batch whose messages can fail one by one.
+fn check_result(signature: &Signature, arguments: &[&Type]) -> syn::Result<()> {
+    let is = |named: &Type, name: &str| last_segment(named).is_some_and(|segment| segment.ident == name);
+    let output = match &signature.output {
+        ReturnType::Type(_, output) if is(output, "BatchResult") => output,
+        _ => return Ok(()),
+    };
+    if !arguments.iter().any(|argument| is_batch(argument)) {
+        let message = "`BatchResult` says which messages of a batch failed: take a `Batch<…>`, or return `Result<(), HandlerError>`";
+        return Err(syn::Error::new_spanned(output, message));
+    }
+    match arguments.iter().find(|argument| is(argument, "Tx")) {
+        Some(_) => {
+            let message = "a `Tx` commits whole, so no single messages of its batch can fail: return `Result<(), HandlerError>`";
+            Err(syn::Error::new_spanned(output, message))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The option and the argument go together.

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use postbox::Outgoing;
 use postbox_consumer::{
-    Batch, BesideBatch, Consumer, Error, Extract, HandlerDefinition, HandlerError, Invocation, Json, Order,
-    State, Tx, handler, handlers,
+    Batch, BatchResult, BesideBatch, Consumer, Delivery, Error, Extract, Failures, HandlerDefinition,
+    HandlerError, IntoOutcome, Invocation, Item, Json, Order, State, Tx, handler, handlers,
 };
 use postbox_testkit::eventually;
 use support::{History, PATIENCE, Step, bench, publish, publish_steps, settled, step, steps};
@@ -120,7 +120,7 @@ async fn with_order_topic_batches_follow_the_topic() {
     assert_eq!(numbers, (0..500).collect::<Vec<_>>());
 }
 
-#[handler(group = "picky", batch = 100, retry(backoff = "fixed(300ms)"))]
+#[handler(group = "picky", batch = 100, retry(backoff = "fixed(2s)"))]
 async fn picky(batch: Batch<Step>, mut tx: Tx, State(sizes): State<Sizes>) -> Result<(), HandlerError> {
     sizes.note(&batch);
     write_all(&mut tx, &batch).await?;
@@ -199,6 +199,161 @@ async fn decisions_are_of_the_message_that_is_to_blame() {
     assert_eq!(bench.number("SELECT count(*) FROM postbox.dead_letter").await, 12);
     let stats = &consumer.stats()[0];
     assert_eq!((stats.discarded, stats.handled), (6, 42));
+}
+
+#[handler(group = "exact", batch = 100, retry(backoff = "fixed(500ms)"))]
+async fn exact(
+    batch: Batch<Step>,
+    State(history): State<History>,
+    State(sizes): State<Sizes>,
+) -> BatchResult {
+    let began = Instant::now();
+    sizes.note(&batch);
+    let mut failures = Failures::none();
+    for Item {
+        message, delivery, ..
+    } in &batch
+    {
+        match (message.key.as_str(), message.n) {
+            ("0", 1) => failures.add(delivery, HandlerError::discard("not wanted")),
+            ("1", 1) => failures.add(delivery, HandlerError::dead_letter("cannot be")),
+            ("2", 1) if delivery.attempt == 1 => failures.add(delivery, HandlerError::retry("not yet")),
+            // Of two that fail the first counts.
+            ("2", 2) if history.of("2").iter().all(|n| *n != 1) => {
+                failures.add(delivery, std::io::Error::other("nor I"))
+            }
+            ("2", 2) => assert_eq!(delivery.attempt, 1),
+            (key, 0) if key > "5" && delivery.attempt == 1 => {
+                failures.add(delivery, HandlerError::retry("not yet"))
+            }
+            _ => {}
+        }
+        history.note(message, began);
+    }
+    Ok(failures)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_says_which_of_its_messages_failed() {
+    let bench = bench().await;
+    let (history, sizes) = (History::default(), Sizes::default());
+    let mut all = steps(6, 4);
+    // More than open the breaker when they fail one by one.
+    all.extend((60..90).map(|key| step(key, 0)));
+    publish_steps(bench.db.pool(), &all).await;
+    sqlx::query("SELECT * FROM postbox.sequence()")
+        .execute(bench.db.pool())
+        .await
+        .unwrap();
+    let consumer = bench
+        .consumer(handlers![exact])
+        .state(history.clone())
+        .state(sizes.clone());
+    let consumer = consumer.start().await.unwrap();
+    eventually(PATIENCE, async || match consumer.stats()[0].failed {
+        33 => Ok(()),
+        failed => Err(failed),
+    })
+    .await;
+    assert!(
+        !consumer.stats()[0].breaker_open,
+        "it was one run, and not all of it failed"
+    );
+    settled(bench.db.pool(), "exact").await;
+    assert_eq!(sizes.all()[0], 54, "all at once");
+    // What was discarded holds up nothing; what comes after another failure runs again after it.
+    assert_eq!(history.of("0"), [0, 1, 2, 3]);
+    assert_eq!(history.of("1"), [0, 1, 2, 3, 2, 3]);
+    assert_eq!(history.of("2"), [0, 1, 2, 3, 1, 2, 3]);
+    for key in 3..6 {
+        assert_eq!(history.of(&key.to_string()), [0, 1, 2, 3]);
+    }
+    for key in 60..90 {
+        assert_eq!(history.of(&key.to_string()), [0, 0]);
+    }
+    let stats = &consumer.stats()[0];
+    assert_eq!(
+        (stats.handled, stats.discarded, stats.dead, stats.failed),
+        (52, 1, 1, 33)
+    );
+    assert_eq!(
+        bench
+            .number("SELECT count(*) FROM postbox.dead_letter WHERE key = '1' AND attempts = 1")
+            .await,
+        1
+    );
+}
+
+#[derive(Clone, Default)]
+struct Earlier(Arc<Mutex<Option<Delivery>>>);
+
+#[handler(group = "confused", order = "none", batch = 10, retry(backoff = "fixed(5ms)"))]
+async fn confused(
+    batch: Batch<Step>,
+    State(earlier): State<Earlier>,
+    State(sizes): State<Sizes>,
+) -> BatchResult {
+    sizes.note(&batch);
+    let mut failures = Failures::none();
+    let known = earlier
+        .0
+        .lock()
+        .unwrap()
+        .get_or_insert_with(|| batch[0].delivery.clone())
+        .clone();
+    if known.offset != batch[0].delivery.offset && sizes.all().len() == 2 {
+        failures.add(&known, HandlerError::retry("long ago"));
+    }
+    Ok(failures)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_names_another_ones_message_has_failed() {
+    let bench = bench().await;
+    let sizes = Sizes::default();
+    publish_steps(bench.db.pool(), &steps(20, 1)).await;
+    let consumer = bench
+        .consumer(handlers![confused])
+        .state(Earlier::default())
+        .state(sizes.clone());
+    let consumer = consumer.start().await.unwrap();
+    settled(bench.db.pool(), "confused").await;
+    let stats = &consumer.stats()[0];
+    assert_eq!((stats.handled, stats.failed), (20, 1));
+    assert!(sizes.all().iter().sum::<usize>() > 20, "it ran again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_in_a_transaction_fails_whole_whatever_it_says() {
+    let bench = bench().await;
+    bench.sql(TABLES).await;
+    let failed = Arc::new(AtomicBool::new(false));
+    let has_failed = failed.clone();
+    let partial = HandlerDefinition::new("partial")
+        .group("partial")
+        .batch(50)
+        .argument::<Batch<Step>>()
+        .argument::<Tx>()
+        .call(move |mut invocation| {
+            let failed = has_failed.clone();
+            Box::pin(async move {
+                let batch = Batch::<Step>::extract(&mut invocation).await?;
+                let mut tx = Tx::extract(&mut invocation).await?;
+                write_all(&mut tx, &batch).await?;
+                let mut failures = Failures::none();
+                if !failed.swap(true, Ordering::SeqCst) {
+                    failures.add(&batch[0].delivery, HandlerError::discard("not wanted"));
+                }
+                Ok::<_, HandlerError>(failures).into_outcome()
+            })
+        });
+    publish_steps(bench.db.pool(), &steps(10, 5)).await;
+    let consumer = bench.start(vec![partial]).await;
+    settled(bench.db.pool(), "partial").await;
+    assert_eq!(bench.number("SELECT count(*) FROM effect").await, 50);
+    assert_eq!(bench.number(WRONG).await, 0);
+    let stats = &consumer.stats()[0];
+    assert_eq!((stats.handled, stats.discarded), (50, 0));
 }
 
 #[derive(Clone, Default)]
@@ -406,10 +561,8 @@ async fn a_batch_waits_for_more_until_it_is_full_or_its_time_is_over() {
         if free == 0 { Ok(()) } else { Err(free) }
     })
     .await;
-    for n in 0..5 {
-        bench.publish_one(&step("same", n)).await;
-    }
     let begun = Instant::now();
+    publish_steps(bench.db.pool(), &steps(1, 5)).await;
     settled(bench.db.pool(), "patient").await;
     let sizes = sizes.all();
     assert_eq!(sizes.iter().sum::<usize>(), 5);

@@ -487,10 +487,18 @@ async fn so_many_failing_messages_and_no_more_are_taken_in_while_the_rest_goes_o
             .ok_or("failing")
     })
     .await;
+    let rows = async || {
+        bench
+            .number("SELECT count(*) FROM postbox.redelivery WHERE state = 'retry'")
+            .await
+    };
+    eventually(PATIENCE, async || match rows().await {
+        64.. => Ok(()),
+        rows => Err(rows),
+    })
+    .await;
     tokio::time::sleep(Duration::from_millis(300)).await;
-    let rows = bench
-        .number("SELECT count(*) FROM postbox.redelivery WHERE state = 'retry'")
-        .await;
+    let rows = rows().await;
     assert!((64..=72).contains(&rows), "{rows} rows");
     up.store(true, Ordering::Relaxed);
     settled(bench.db.pool(), GROUP).await;

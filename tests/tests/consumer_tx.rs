@@ -84,10 +84,12 @@ async fn fenced(step: Step, mut tx: Tx, State(meeting): State<Meeting>) -> Resul
     Ok(())
 }
 
-/// Takes all lanes away as another instance would.
+/// Takes all lanes away as another instance would, which does nothing and is taken for dead, but not for dead of a message: these would then
+/// run one by one.
 async fn take_over(pool: &PgPool) {
-    sqlx::query(
-        "SELECT postbox.claim(2000000, l.subscription_id, ARRAY[l.lane], ARRAY[l.epoch], ARRAY[true]) FROM postbox.lane l",
+    sqlx::raw_sql(
+        "SELECT postbox.claim(2000000, l.subscription_id, ARRAY[l.lane], ARRAY[l.epoch], ARRAY[false]) FROM postbox.lane l; \
+         UPDATE postbox.lane SET crashes = 0",
     )
     .execute(pool)
     .await

@@ -82,7 +82,7 @@ async fn every_due_time_fires_once_and_not_early_with_several_dispatchers() {
         assert!(published >= due, "{due} fired at {published}");
         // Generous: the machine may be busy.
         assert!(
-            *published - due < TimeDelta::seconds(2),
+            *published - due < TimeDelta::seconds(10),
             "{due} fired at {published}"
         );
     }
@@ -144,23 +144,26 @@ async fn a_firing_is_an_ordinary_message_with_its_due_time() {
 
 #[tokio::test]
 async fn missed_due_times_fire_by_the_policy() {
-    for (missed, least, most) in [(Missed::Skip, 0, 2), (Missed::Once, 1, 1), (Missed::All, 60, 62)] {
+    for (missed, least, most) in [(Missed::Skip, 0, 2), (Missed::Once, 1, 2), (Missed::All, 60, 62)] {
         let db = TestDatabase::new().await.unwrap();
         let next_at = register(db.pool(), every("* * * * *").missed(missed)).await;
         // No dispatcher for an hour.
         db.advance(Duration::from_secs(3_600)).await.unwrap();
         let dispatcher = dispatcher(&db).await;
-        let after = eventually(SOON, async || {
+        eventually(SOON, async || {
             let found = cron::find(&mut db.pool().acquire().await.unwrap(), "c")
                 .await
                 .unwrap();
             match found.and_then(|found| found.next_at) {
-                Some(moved) if moved > next_at + TimeDelta::minutes(58) => Ok(moved),
+                Some(moved) if moved > next_at + TimeDelta::minutes(58) => Ok(()),
                 other => Err(format!("next is {other:?}")),
             }
         })
         .await;
         let fired = firings(db.pool()).await;
+        let found = cron::find(&mut db.pool().acquire().await.unwrap(), "c").await;
+        let after = found.unwrap().and_then(|found| found.next_at).unwrap();
+        // A minute may have begun meanwhile.
         assert!(
             (least..=most).contains(&fired.len()),
             "{missed:?}: {}",

@@ -399,7 +399,7 @@ async fn a_rebase_under_load_loses_and_repeats_nothing() {
                 tx.publish(&step(key, n)).await.expect("published");
                 if n % 10 == 0 {
                     // Rebases come while it is open.
-                    tokio::time::sleep(Duration::from_millis(8)).await;
+                    tokio::time::sleep(Duration::from_millis(40)).await;
                 }
                 tx.commit().await.expect("committed");
             }

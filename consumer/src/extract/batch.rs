@@ -17,6 +17,7 @@ use crate::handler::{HandlerDefinition, HandlerError};
 /// again, until the message that is to blame runs by itself. Only that counts as its attempt, is retried by the handler's policy (by
 /// itself from then on) and holds its key; so decisions such as [`HandlerError::discard`] mean something of a single message only, but for
 /// [`HandlerError::postpone`], which is of them all. A handler whose effect is not in a `Tx` therefore sees the messages of a failed batch again.
+/// One that knows which of them failed returns a [`BatchResult`](crate::BatchResult) and need not be asked.
 ///
 /// ```
 /// use postbox::Message;

@@ -1,4 +1,4 @@
-use postbox_consumer::{Batch, Delivery, Raw, Tx, handler};
+use postbox_consumer::{Batch, BatchResult, Delivery, Failures, Raw, Tx, handler};
 
 #[handler(group = "search", topic = "orders")]
 async fn without_a_size(_orders: Batch<Raw>) {}
@@ -17,5 +17,15 @@ async fn with_a_delivery(_orders: Batch<Raw>, _delivery: Delivery, _tx: Tx) {}
 
 #[handler(group = "search", topic = "orders", batch = 0)]
 async fn none_at_once(_orders: Batch<Raw>) {}
+
+#[handler(group = "search", topic = "orders", batch = 500)]
+async fn partly_in_a_transaction(_orders: Batch<Raw>, _tx: Tx) -> BatchResult {
+    Ok(Failures::none())
+}
+
+#[handler(group = "search", topic = "orders")]
+async fn partly_of_one(_order: Raw) -> BatchResult {
+    Ok(Failures::none())
+}
 
 fn main() {}
