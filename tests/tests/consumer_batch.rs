@@ -284,6 +284,36 @@ async fn a_batch_says_which_of_its_messages_failed() {
     );
 }
 
+#[handler(group = "some", order = "none", batch = 4, retry(backoff = "fixed(1s)"))]
+async fn some_of_each(batch: Batch<Step>) -> BatchResult {
+    let mut failures = Failures::none();
+    for item in batch
+        .iter()
+        .filter(|item| item.message.n == 0 && item.delivery.attempt == 1)
+    {
+        failures.add(&item.delivery, HandlerError::retry("not yet"));
+    }
+    Ok(failures)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batches_of_which_some_succeed_do_not_open_the_breaker() {
+    let bench = bench().await;
+    // One of the four of a batch fails.
+    let all: Vec<Step> = (0..200).map(|n| step(n, n % 4)).collect();
+    publish_steps(bench.db.pool(), &all).await;
+    let consumer = bench.start(handlers![some_of_each]).await;
+    eventually(PATIENCE, async || match consumer.stats()[0].failed {
+        50 => Ok(()),
+        failed => Err(failed),
+    })
+    .await;
+    assert!(!consumer.stats()[0].breaker_open);
+    settled(bench.db.pool(), "some").await;
+    let stats = &consumer.stats()[0];
+    assert_eq!((stats.handled, stats.failed), (200, 50));
+}
+
 #[derive(Clone, Default)]
 struct Earlier(Arc<Mutex<Option<Delivery>>>);
 
