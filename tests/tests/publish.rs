@@ -275,6 +275,40 @@ async fn ids_are_returned_in_order_unique_and_of_version_7() {
 }
 
 #[tokio::test]
+async fn each_message_of_a_batch_has_its_own_topic_and_type() {
+    let db = TestDatabase::new().await.unwrap();
+    let kinds: [&[(&str, Option<&str>)]; 5] = [
+        &[("t", None), ("t", None)],
+        &[("t", Some("a")), ("t", Some("a"))],
+        &[("t", Some("a")), ("t", Some("b"))],
+        &[("t", Some("a")), ("t", None)],
+        &[("t", Some("a")), ("u", Some("a"))],
+    ];
+    for batch in kinds {
+        let mut tx = begin(db.pool()).await;
+        let messages = batch.iter().map(|(topic, message_type)| {
+            let message = Outgoing::json(*topic, "x");
+            match message_type {
+                Some(message_type) => message.message_type(*message_type),
+                None => message,
+            }
+        });
+        tx.publish_all(messages).await.unwrap();
+        let stored: Vec<(String, Option<String>)> =
+            sqlx::query_as("SELECT topic, type FROM postbox.outbox ORDER BY seq")
+                .fetch_all(&mut *tx)
+                .await
+                .unwrap();
+        let stored: Vec<_> = stored
+            .iter()
+            .map(|(topic, message_type)| (topic.as_str(), message_type.as_deref()))
+            .collect();
+        assert_eq!(stored, batch);
+        tx.rollback().await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn up_to_ten_thousand_messages_are_one_statement_and_keep_their_order() {
     let db = TestDatabase::new().await.unwrap();
     // The trigger is called once a statement.

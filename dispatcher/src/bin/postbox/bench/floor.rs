@@ -17,9 +17,9 @@ pub(crate) const PLAIN_INSERT: &str = "INSERT INTO postbox_bench.plain (id, topi
 pub(crate) const QUEUE_INSERT: &str = "INSERT INTO postbox_bench.queue (id, topic, type, key, headers, content_type, payload) \
      VALUES ($1, $2, $3, $4, $5, $6, $7)";
 pub(crate) const LOG_INSERT: &str = "INSERT INTO postbox_bench.log (id, topic, type, key, headers, content_type, payload) \
-     SELECT unnest($1::uuid[]), unnest($2::text[]), unnest($3::text[]), unnest($4::text[]), unnest($5::jsonb[]), unnest($6::text[]), unnest($7::bytea[])";
+     SELECT unnest($1::uuid[]), $2, $3, unnest($4::text[]), unnest($5::jsonb[]), unnest($6::text[]), unnest($7::bytea[])";
 pub(crate) const QUEUE_INSERT_BATCH: &str = "INSERT INTO postbox_bench.queue (id, topic, type, key, headers, content_type, payload) \
-     SELECT unnest($1::uuid[]), unnest($2::text[]), unnest($3::text[]), unnest($4::text[]), unnest($5::jsonb[]), unnest($6::text[]), unnest($7::bytea[])";
+     SELECT unnest($1::uuid[]), $2, $3, unnest($4::text[]), unnest($5::jsonb[]), unnest($6::text[]), unnest($7::bytea[])";
 
 /// Unsafe as a queue, since rows of a transaction that commits late are passed by; as a floor that is good enough.
 const READ_BY_CURSOR: &str = "SELECT n, id, topic, type, key, headers, content_type, payload, published_at FROM postbox_bench.log \
@@ -35,7 +35,7 @@ const BY_INDEX: &str = "SET enable_seqscan = off; SET enable_bitmapscan = off; S
 /// Between two looks that find nothing.
 const POLL: Duration = Duration::from_millis(2);
 
-/// As Postbox sends a batch: columns without a value as empty arrays.
+/// As Postbox sends a batch: the topic once, columns without a value as empty arrays.
 pub(crate) async fn insert_batch(
     connection: &mut PgConnection,
     statement: &'static str,
@@ -46,8 +46,8 @@ pub(crate) async fn insert_batch(
     let keys: Vec<String> = (0..rows).map(key).collect();
     sqlx::query(statement)
         .bind(ids)
-        .bind(vec!["bench"; count])
-        .bind([None::<&str>; 0])
+        .bind("bench")
+        .bind(None::<&str>)
         .bind(keys)
         .bind([None::<serde_json::Value>; 0])
         .bind([None::<&str>; 0])
