@@ -838,18 +838,17 @@ END $$;
 COMMENT ON FUNCTION postbox.checkpoint IS
     'Appends how far a consumer''s lanes are settled; a lane whose epoch is stale is left out. Returns how many were accepted.';
 
--- A procedure: CALL is not planned, which a SELECT by a message's text would be.
+-- A procedure: CALL is not planned, which a SELECT by a message's text would be. Of few expressions, since each is prepared anew in every transaction.
 CREATE PROCEDURE postbox.settle(by_consumer integer, of_subscription integer, of_lane integer, of_epoch integer, of_offset bigint)
     LANGUAGE plpgsql AS $$
-DECLARE
-    ignored text;
 BEGIN
-    IF current_setting('transaction_isolation') <> 'read committed' THEN
+    -- The lock is shared, through the commit: a takeover takes it exclusively before it raises the epoch. It is never null.
+    IF current_setting('transaction_isolation') <> 'read committed'
+        OR pg_advisory_xact_lock_shared(1347571762, of_subscription * 1024 + of_lane) IS NULL
+    THEN
         RAISE EXCEPTION 'a transactional handler must run in READ COMMITTED, not %', current_setting('transaction_isolation')
             USING HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot: do not SET TRANSACTION in a handler.';
     END IF;
-    -- Shared, through the commit: a takeover takes it exclusively before it raises the epoch. An assignment, since a PERFORM starts a query.
-    ignored := pg_advisory_xact_lock_shared(1347571762, of_subscription * 1024 + of_lane)::text;
     -- A statement of its own, with a newer snapshot than the lock.
     INSERT INTO postbox.settlement (subscription_id, lane, "offset")
     SELECT l.subscription_id, l.lane, of_offset FROM postbox.lane l

@@ -48,8 +48,9 @@ impl Fence {
             stored,
         } = self;
         if let ([(lane, epoch)], [(_, offset)]) = (lanes.as_slice(), messages.as_slice()) {
+            // The bigint in quotes, or it would be an integer that is cast when it is called.
             let mut statements = vec![format!(
-                "CALL postbox.settle({consumer}, {subscription}, {lane}, {epoch}, {offset})"
+                "CALL postbox.settle({consumer}, {subscription}, {lane}, {epoch}, '{offset}')"
             )];
             if *stored {
                 statements.push(format!(

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use postbox_consumer::{ConsumerHandle, Delivery, State, handler, handlers};
 use postbox_testkit::eventually;
-use sqlx::{Connection, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use support::{Bench, PATIENCE, Step, bench, publish_steps, settled, step};
 use tokio::sync::Notify;
 
@@ -226,6 +226,73 @@ async fn a_settlement_needs_the_owner_its_epoch_and_its_lock() {
         !stage.settle(owner, second, &[2]).await,
         "without a session, although nobody has claimed the lane"
     );
+}
+
+/// In the first subscription's lane 0, which the first instance has claimed once.
+const SETTLE_5: &str = "CALL postbox.settle(1, 1, 0, 1, '5')";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_settlement_that_is_not_committed_holds_off_a_claim_and_waits_for_one() {
+    let stage = Stage::new(1).await;
+    let (owner, _session) = stage.instance().await;
+    let (other, _other_session) = stage.instance().await;
+    let epoch = stage.claim(owner, 0, 0).await;
+    assert_eq!((owner, stage.subscription, epoch), (1, 1, 1));
+    let pool = stage.bench.db.pool();
+
+    let mut settling = pool.begin().await.unwrap();
+    sqlx::raw_sql(SETTLE_5).execute(&mut *settling).await.unwrap();
+    assert_eq!(stage.try_claim(other, 0, epoch).await, None);
+    settling.commit().await.unwrap();
+    let claim = "SELECT done FROM postbox.claim(2, 1, '{0}', '{1}', '{f}')";
+    let mut claiming = pool.begin().await.unwrap();
+    let done: Vec<i64> = sqlx::query_scalar(claim).fetch_one(&mut *claiming).await.unwrap();
+    assert_eq!(done, [5], "the next owner need not run it");
+
+    // Its check is newer than the claim that it waits for.
+    let settling = tokio::spawn({
+        let pool = pool.clone();
+        async move { sqlx::raw_sql(SETTLE_5).execute(&pool).await }
+    });
+    eventually(PATIENCE, async || {
+        let waiting = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database AND d.datname = current_database() \
+            WHERE l.locktype = 'advisory' AND l.classid = 1347571762 AND NOT l.granted";
+        match stage.bench.number(waiting).await {
+            1 => Ok(()),
+            waiting => Err(format!("{waiting} wait")),
+        }
+    })
+    .await;
+    claiming.commit().await.unwrap();
+    let refused = settling.await.unwrap().unwrap_err();
+    assert!(refused.to_string().contains("no longer owned"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_settlement_in_another_isolation_is_refused() {
+    let stage = Stage::new(1).await;
+    let (owner, _session) = stage.instance().await;
+    stage.claim(owner, 0, 0).await;
+    for (isolation, allowed) in [
+        ("REPEATABLE READ", false),
+        ("SERIALIZABLE", false),
+        ("READ COMMITTED", true),
+    ] {
+        let mut tx = stage.bench.db.pool().begin().await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(format!(
+            "SET TRANSACTION ISOLATION LEVEL {isolation}"
+        )))
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+        match sqlx::raw_sql(SETTLE_5).execute(&mut *tx).await {
+            Ok(_) => assert!(allowed, "{isolation}"),
+            Err(error) => assert!(
+                !allowed && error.to_string().contains("must run in READ COMMITTED"),
+                "{isolation}: {error}"
+            ),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
