@@ -394,13 +394,11 @@ fn check_result(signature: &Signature, arguments: &[&Type]) -> syn::Result<()> {
         let message = "`BatchResult` says which messages of a batch failed: take a `Batch<…>`, or return `Result<(), HandlerError>`";
         return Err(syn::Error::new_spanned(output, message));
     }
-    match arguments.iter().find(|argument| is(argument, "Tx")) {
-        Some(_) => {
-            let message = "a `Tx` commits whole, so no single messages of its batch can fail: return `Result<(), HandlerError>`";
-            Err(syn::Error::new_spanned(output, message))
-        }
-        None => Ok(()),
+    if arguments.iter().any(|argument| is(argument, "Tx")) {
+        let message = "a `Tx` commits whole, so no single messages of its batch can fail: return `Result<(), HandlerError>`";
+        return Err(syn::Error::new_spanned(output, message));
     }
+    Ok(())
 }
 
 /// The option and the argument go together.
