@@ -76,9 +76,7 @@ impl Executor {
             false => self.works(),
             true => self.counts_as_failure(first, 1),
         }
-        settled.iter().for_each(|job| self.is_settled(job));
-        let keys: HashSet<i32> = settled.iter().filter_map(|job| job.key).collect();
-        keys.difference(&waiting).for_each(|key| self.release_key(*key));
+        self.settle_each(settled.iter(), &waiting);
         for (job, failure) in failed {
             self.decide(job, failure);
         }

@@ -371,20 +371,28 @@ impl Executor {
         self.settle_all(job.into());
     }
 
-    /// A key goes on when all its messages of the run are settled.
     fn settle_all(&mut self, jobs: Jobs) {
-        jobs.iter().for_each(|job| self.is_settled(job));
         match jobs.others.is_empty() {
-            true => jobs.first.key.into_iter().for_each(|key| self.release_key(key)),
-            false => {
-                let keys: HashSet<i32> = jobs.iter().filter_map(|job| job.key).collect();
-                keys.into_iter().for_each(|key| self.release_key(key));
+            true => {
+                self.is_settled(&jobs.first);
+                jobs.first.key.into_iter().for_each(|key| self.release_key(key));
             }
+            false => self.settle_each(jobs.iter(), &HashSet::new()),
         }
     }
 
+    /// A key goes on when all its messages of the run are settled, and not if it is `held` by one that failed.
+    pub(super) fn settle_each<'a>(&mut self, jobs: impl Iterator<Item = &'a Job>, held: &HashSet<i32>) {
+        let mut keys = HashSet::new();
+        for job in jobs {
+            self.is_settled(job);
+            keys.extend(job.key);
+        }
+        keys.difference(held).for_each(|key| self.release_key(*key));
+    }
+
     /// Its key is still held.
-    pub(super) fn is_settled(&mut self, job: &Job) {
+    fn is_settled(&mut self, job: &Job) {
         self.dirty = true;
         self.unsettled.remove(&job.offset);
         if job.stored {
