@@ -3,7 +3,7 @@
 use divan::Bencher;
 use divan::counter::ItemsCount;
 use postbox_consumer::micro::{Pipeline, lane_of};
-use postbox_consumer::news;
+use postbox_core::announcements;
 
 fn main() {
     divan::main();
@@ -30,7 +30,7 @@ fn executor(bencher: Bencher<'_, '_>, (keys, waits): (i32, bool)) {
 }
 
 #[divan::bench]
-fn lane() -> u16 {
+fn lane() -> usize {
     lane_of(
         divan::black_box(1_234_567),
         divan::black_box(Some(987_654_321)),
@@ -40,8 +40,8 @@ fn lane() -> u16 {
 
 /// What a notification of one message says.
 #[divan::bench]
-fn news_of_a_message() -> usize {
-    news::topics(divan::black_box(
+fn announcement_of_a_message() -> usize {
+    announcements::topics(divan::black_box(
         "orders 1234567 3:120:987654321:123456789:1234567890",
     ))
     .count()

@@ -1,35 +1,64 @@
 //! The database's clock, as far as this process knows it: what expires, expires by it.
 
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 
 /// A later time that is off by less is the clocks' drift, not a clock that was moved.
 const MOVED: Duration = Duration::from_secs(1);
 
-/// How far the database's clock is ahead of this process's.
-#[derive(Debug, Default)]
+/// No wait is longer: an instant that cannot be told is none.
+const LONGEST: Duration = Duration::from_secs(100 * 366 * 24 * 3600);
+
+/// So long after an instant, or never in practice: a wait is what a handler says, so it may be anything.
+pub(crate) fn later(from: Instant, wait: Duration) -> Instant {
+    from + wait.min(LONGEST)
+}
+
+/// What the database said last, and the time since then by this process's monotonic clock: how its host's is set does not matter.
+#[derive(Debug)]
 pub(crate) struct DatabaseClock {
-    ahead_us: AtomicI64,
+    origin: Instant,
+    /// What it said at the origin, in microseconds since 1970.
+    at_origin_us: AtomicI64,
+}
+
+impl Default for DatabaseClock {
+    fn default() -> Self {
+        Self {
+            origin: Instant::now(),
+            at_origin_us: AtomicI64::new(Utc::now().timestamp_micros()),
+        }
+    }
 }
 
 impl DatabaseClock {
     pub(crate) fn now(&self) -> DateTime<Utc> {
-        Utc::now() + TimeDelta::microseconds(self.ahead_us.load(Ordering::Relaxed))
+        let us = self
+            .at_origin_us
+            .load(Ordering::Relaxed)
+            .saturating_add(self.elapsed_us());
+        DateTime::from_timestamp_micros(us).unwrap_or(DateTime::<Utc>::MAX_UTC)
     }
 
     /// What the database just said; returns by how much its clock was moved forward since the last time, if it was.
     pub(crate) fn learn(&self, now: DateTime<Utc>) -> Option<Duration> {
-        let ahead = (now - Utc::now()).num_microseconds().unwrap_or(0);
-        let before = self.ahead_us.swap(ahead, Ordering::Relaxed);
-        let moved = Duration::from_micros(u64::try_from(ahead - before).unwrap_or(0));
+        let at_origin = now.timestamp_micros() - self.elapsed_us();
+        let before = self.at_origin_us.swap(at_origin, Ordering::Relaxed);
+        let moved = Duration::from_micros(u64::try_from(at_origin - before).unwrap_or(0));
         (moved >= MOVED).then_some(moved)
+    }
+
+    fn elapsed_us(&self) -> i64 {
+        i64::try_from(self.origin.elapsed().as_micros()).unwrap_or(i64::MAX)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use chrono::TimeDelta;
+
     use super::*;
 
     #[test]
@@ -40,5 +69,6 @@ mod tests {
         assert!(moved.is_some_and(|span| span > Duration::from_secs(3598)));
         assert!(clock.now() > Utc::now() + TimeDelta::seconds(3598));
         assert_eq!(clock.learn(Utc::now()), None, "backwards");
+        assert!(clock.now() < Utc::now() + TimeDelta::seconds(2));
     }
 }

@@ -1,22 +1,34 @@
 //! The consumer: what an application builds and runs.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use postbox::MAX_NAME;
+use postbox_core::link;
+use postbox_core::restarts::panic_text;
+use postbox_core::text;
 use sqlx::PgPool;
-use sqlx::postgres::PgPoolOptions;
-use tokio::sync::oneshot;
+use sqlx::postgres::PgConnectOptions;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tower_layer::Layer;
+use tower_service::Service;
+use tracing::warn;
 
 use crate::clock::DatabaseClock;
 use crate::cron;
 use crate::error::Error;
-use crate::handler::HandlerDefinition;
-use crate::process::Process;
-use crate::progress::Intake;
+use crate::extract::Invocation;
+use crate::handler::{HandlerDefinition, UnknownType};
+use crate::layer::{self, HandlerService, Run};
+use crate::outcome::HandlerError;
+use crate::protocol::progress::Intake;
+use crate::session::Process;
+use crate::settings::Settings;
 use crate::state::States;
 use crate::subscription::{Subscription, plan_all};
 
@@ -43,43 +55,28 @@ use crate::subscription::{Subscription, plan_all};
 #[must_use = "it does nothing until it is run"]
 pub struct Consumer {
     pool: PgPool,
+    /// How the process's own connections are made, if not as the pool's.
+    direct: Option<PgConnectOptions>,
     definitions: Vec<HandlerDefinition>,
+    layers: Vec<Box<dyn Fn(Run) -> Run + Send + Sync>>,
     states: States,
     settings: Settings,
 }
 
-/// What an instance can be told.
-#[derive(Clone, Debug)]
-pub(crate) struct Settings {
-    pub(crate) name: String,
-    pub(crate) node: String,
-    pub(crate) lease: Duration,
-    pub(crate) grace: Duration,
-    pub(crate) window: usize,
-    pub(crate) max_failing: usize,
-    pub(crate) unknown_types: UnknownType,
-}
-
-/// What becomes of a message of a type that no handler of the group takes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum UnknownType {
-    /// It is settled and counted.
-    #[default]
-    Settle,
-    /// It fails, and holds its key, until a handler for it is deployed.
-    Fail,
-}
-
-const MIN_LEASE: Duration = Duration::from_secs(6);
-
 impl Consumer {
     /// A consumer on this database. `pool` serves transactional handlers, and says how to connect.
+    ///
+    /// A tenth of its connections, and at least two, are left to the application. The others are shared by the subscriptions (a group on a topic)
+    /// that have transactional handlers: each has half of its equal share to itself, so that it goes on whatever the handlers of others do, and the rest goes to who
+    /// is busy. `#[handler(connections = n)]` gives a subscription so many, and no more; [`tx_pool`](Self::tx_pool) gives them all a pool of their own. Who waits for more than a second says
+    /// who has the connections, in the log.
     pub fn new(pool: PgPool) -> Self {
         let host = host_name();
         Self {
             pool,
+            direct: None,
             definitions: Vec::new(),
+            layers: Vec::new(),
             states: States::default(),
             settings: Settings {
                 node: host.clone(),
@@ -88,9 +85,24 @@ impl Consumer {
                 grace: Duration::from_secs(30),
                 window: 1024,
                 max_failing: 1000,
+                tx_pool: None,
                 unknown_types: UnknownType::default(),
             },
         }
+    }
+
+    /// Connects by these options, but for transactional handlers: for a pool whose connections go through a transaction pooler (PgBouncer). What a
+    /// session relies on, notifications and locks of its own, is lost there. Transactional handlers may go through the pooler.
+    pub fn direct(mut self, options: PgConnectOptions) -> Self {
+        self.direct = Some(options);
+        self
+    }
+
+    /// A pool that only transactional handlers use, all of it; it must lead to the same database (default: that of [`new`](Self::new), less what is left to
+    /// the application).
+    pub fn tx_pool(mut self, pool: PgPool) -> Self {
+        self.settings.tx_pool = Some(pool);
+        self
     }
 
     /// Shares a value with the handlers that ask for `State<S>`. One value a type; a later one replaces an earlier.
@@ -105,9 +117,32 @@ impl Consumer {
         self
     }
 
-    /// Name of the instance in `postbox status` (default: the host's name).
+    /// Puts a tower layer around every handler of this consumer, whenever it was added: for traces, limits, or anything that is done beside each run. The
+    /// layer that is given last is the outermost. An error of its own counts as the handler's, and is retried by its policy; [`HandlerFailure`](crate::HandlerFailure)
+    /// carries the handler's decisions through layers that box errors. Beside a [`Tx`](crate::Tx) the transaction has begun, and
+    /// commits behind all layers.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # fn example(consumer: postbox_consumer::Consumer) -> postbox_consumer::Consumer {
+    /// // Most runs of each handler in this process at once, whatever its groups' concurrency.
+    /// consumer.layer(tower::limit::ConcurrencyLimitLayer::new(4))
+    /// # }
+    /// ```
+    pub fn layer<L>(mut self, layer: L) -> Self
+    where
+        L: Layer<HandlerService> + Send + Sync + 'static,
+        L::Service: Service<Invocation, Response = ()> + Clone + Send + Sync + 'static,
+        <L::Service as Service<Invocation>>::Error: Into<HandlerError>,
+        <L::Service as Service<Invocation>>::Future: Send + 'static,
+    {
+        self.layers.push(Box::new(move |run| layer::around(&layer, run)));
+        self
+    }
+
+    /// Name of the instance in `postbox status` (default: the host's name). It is cut at 255 bytes.
     pub fn name(mut self, name: impl Into<String>) -> Self {
-        self.settings.name = name.into();
+        self.settings.name = text::clean_to(MAX_NAME, name.into());
         self
     }
 
@@ -119,9 +154,9 @@ impl Consumer {
     }
 
     /// After how long without a heartbeat others take over, although the instance's connection still seems to be there: its host vanished, or it is
-    /// frozen (default 10 s, at least 6 s). An instance that dies is noticed at once, by its connection.
+    /// frozen (default 10 s; 6 s to 1 h). An instance that dies is noticed at once, by its connection.
     pub fn lease(mut self, lease: Duration) -> Self {
-        self.settings.lease = lease.max(MIN_LEASE);
+        self.settings.lease = lease;
         self
     }
 
@@ -135,18 +170,19 @@ impl Consumer {
     /// Most messages of a subscription that are in memory and not settled (default 1,024, at least eight times the concurrency). A key with a long
     /// queue fills it, so a larger one lets more other keys pass a hot key, and repeats more after a crash.
     pub fn window(mut self, messages: usize) -> Self {
-        self.settings.window = messages.max(1);
+        self.settings.window = messages;
         self
     }
 
     /// How many messages of a subscription may fail at once, over all instances, before no more are taken in (default 1,000; those parked
     /// behind them and those whose keys are halted do not count). Those that fail go on being retried.
     pub fn max_failing(mut self, messages: usize) -> Self {
-        self.settings.max_failing = messages.max(1);
+        self.settings.max_failing = messages;
         self
     }
 
-    /// What becomes of a message of a type that no handler of its group takes (default: settled and counted).
+    /// What becomes of a message of a type that no live instance of its group handles (default: it waits), for subscriptions whose handlers do not
+    /// say it themselves (`unknown = "settle"`). A broadcast from memory settles it always.
     pub fn unknown_types(mut self, policy: UnknownType) -> Self {
         self.settings.unknown_types = policy;
         self
@@ -154,9 +190,24 @@ impl Consumer {
 
     /// Starts in the background; returns once all subscriptions are registered and lanes are being claimed.
     ///
-    /// **Errors.** What is wrong with the handlers, the schema or the first connection.
-    pub async fn start(self) -> Result<ConsumerHandle, Error> {
-        postbox::check_schema(&self.pool).await?;
+    /// # Errors
+    ///
+    /// What is wrong with the handlers, the settings, the schema or the first connection.
+    pub async fn start(mut self) -> Result<ConsumerHandle, Error> {
+        self.settings.check()?;
+        for definition in &mut self.definitions {
+            let run = definition.run.take();
+            definition.run = run.map(|run| self.layers.iter().fold(run, |run, layer| layer(run)));
+        }
+        let direct = match &self.direct {
+            Some(options) => options.clone(),
+            None => (*self.pool.connect_options()).clone(),
+        };
+        link::refuse_pooler(&direct).await?;
+        // The application's connections are set up as the application likes.
+        let own = link::pool(direct.application_name("postbox upkeep"), 2, "");
+        let check = postbox::check_schema(&own);
+        link::in_time(link::CONNECT_TIMEOUT, "looking at the schema", check).await?;
         let states = Arc::new(self.states);
         let clock = Arc::new(DatabaseClock::default());
         let crons = cron::read_all(&self.definitions)?;
@@ -167,32 +218,26 @@ impl Consumer {
             &self.pool,
             &clock,
         )?);
-        cron::register_all(&self.pool, crons).await?;
-        let readers = PgPoolOptions::new()
-            .max_connections(2)
-            // A broken one is noticed by the read, which is tried again.
-            .test_before_acquire(false)
-            .after_connect(|connection, _| {
-                Box::pin(async move {
-                    // Plans for reading are known in advance; see ARCHITECTURE.md, "Pinned plans".
-                    sqlx::raw_sql(
-                        "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET enable_bitmapscan = off; \
-                         SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off",
-                    )
-                    .execute(connection)
-                    .await?;
-                    Ok(())
-                })
-            })
-            .connect_lazy_with((*self.pool.connect_options()).clone());
+        let register = cron::register_all(&own, crons);
+        link::in_time(link::CONNECT_TIMEOUT, "registering schedules", register).await?;
         let token = CancellationToken::new();
         let (started, on_start) = oneshot::channel();
-        let process = Process::new(self.pool, readers, self.settings, clock, subscriptions.clone());
-        let task = tokio::spawn(process.run(token.clone(), started));
+        let process = Process::new(own, self.settings, clock, subscriptions.clone());
+        let running = process.run(token.clone(), started);
+        let (end, ended) = watch::channel(None);
+        let task = tokio::spawn(async move {
+            let result = AssertUnwindSafe(running).catch_unwind().await;
+            let result = result.unwrap_or_else(|panic| Err(Error::Ended(panic_text(panic.as_ref()))));
+            if let Err(error) = &result {
+                end.send_replace(Some(error.to_string()));
+            }
+            result
+        });
         match on_start.await {
             Ok(()) => Ok(ConsumerHandle {
                 token,
                 task,
+                ended,
                 subscriptions,
             }),
             // It ended before it began, so it says why.
@@ -206,6 +251,11 @@ impl Consumer {
 
     /// Runs until `shutdown` completes, then stops gracefully: fetches nothing more, lets handlers finish within the grace, records how far it
     /// came and gives its lanes to the others.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start); and [`Error::Ended`] if it ends by itself (see [`ConsumerHandle::ended`]), after which the process had better end,
+    /// too, and be started again.
     pub async fn run_until(self, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
         let mut handle = self.start().await?;
         tokio::select! {
@@ -215,6 +265,10 @@ impl Consumer {
     }
 
     /// As [`run_until`](Self::run_until), with a token.
+    ///
+    /// # Errors
+    ///
+    /// As [`run_until`](Self::run_until).
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
         self.run_until(shutdown.cancelled_owned()).await
     }
@@ -225,6 +279,7 @@ impl Consumer {
 pub struct ConsumerHandle {
     token: CancellationToken,
     task: JoinHandle<Result<(), Error>>,
+    ended: watch::Receiver<Option<String>>,
     subscriptions: Arc<Vec<Subscription>>,
 }
 
@@ -242,7 +297,7 @@ pub struct SubscriptionStats {
     pub failed: u64,
     /// Messages that handlers discarded.
     pub discarded: u64,
-    /// Messages of a type that no handler takes.
+    /// Messages of a type that no live instance handles, which were settled by [`UnknownType::Settle`].
     pub unknown: u64,
     /// Messages that failed and run again.
     pub retrying: u64,
@@ -260,11 +315,35 @@ pub struct SubscriptionStats {
 
 impl ConsumerHandle {
     /// Stops gracefully and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Ended`]: it had ended by itself before.
     pub async fn shutdown(mut self) -> Result<(), Error> {
         self.token.cancel();
         (&mut self.task)
             .await
             .unwrap_or_else(|error| Err(Error::Ended(error.to_string())))
+    }
+
+    /// Waits until it ends by itself, and says why. It does so when a part of it has panicked six times in a row; a part that panics is started again
+    /// before, and neither handlers nor the database ever end it. Whoever keeps the handle should wait for this, and end the process.
+    ///
+    /// # Cancellation safety
+    ///
+    /// It may be dropped and called again.
+    pub async fn ended(&self) -> String {
+        let mut ended = self.ended.clone();
+        let why = ended
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|why| why.clone());
+        match why {
+            Some(why) => why,
+            // It was told to.
+            None => std::future::pending().await,
+        }
     }
 
     /// What every subscription did so far.
@@ -313,13 +392,4 @@ fn host_name() -> String {
             "localhost".to_owned()
         }
     }
-}
-
-pub(crate) fn log_subscription(subscription: &Subscription) {
-    let plan = &subscription.plan;
-    let handlers: Vec<&str> = plan.router.handlers().map(|handler| handler.name).collect();
-    info!(
-        group = %plan.group, topic = %plan.topic, order = plan.order.as_str(), lanes = plan.lanes,
-        concurrency = plan.concurrency, handlers = handlers.join(" "), "subscribed"
-    );
 }

@@ -40,6 +40,30 @@ pub enum Error {
         /// The name.
         name: String,
     },
+    /// Something says the topic beside the option `topic`.
+    #[error("handler {handler} has both {option} and another topic: leave one of them out")]
+    TwoTopics {
+        /// The handler.
+        handler: &'static str,
+        /// What says it as well.
+        option: &'static str,
+    },
+    /// `missed` is for schedules.
+    #[error(
+        "handler {handler} says what becomes of missed times, and has no schedule: add HandlerDefinition::cron"
+    )]
+    MissedWithoutCron {
+        /// The handler.
+        handler: &'static str,
+    },
+    /// A handler of ordinary messages takes a dead letter.
+    #[error(
+        "handler {handler} takes a DeadLetter and is not of dead letters: add dead_letters_of = \"…\", or take it in a function for on_dead_letter"
+    )]
+    NoDeadLetters {
+        /// The handler.
+        handler: &'static str,
+    },
     /// A handler asks for a state that was not given.
     #[error("handler {handler} asks for State<{state}>: give it with Consumer::state")]
     MissingState {
@@ -122,6 +146,16 @@ pub enum Error {
         /// What is allowed.
         range: &'static str,
     },
+    /// A setting of the consumer is outside its range.
+    #[error("{setting} of the consumer is {value}: {range}")]
+    Setting {
+        /// The setting: the method of [`Consumer`](crate::Consumer) that sets it.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What is allowed.
+        range: &'static str,
+    },
     /// The subscription exists with an order that cannot be changed to this one.
     #[error(
         "group {group:?} subscribed to {topic:?} with order {stored:?} and this program says {wanted:?}: use another group name; a subscription cannot change to or from \"topic\""
@@ -135,6 +169,18 @@ pub enum Error {
         stored: String,
         /// The order in this program.
         wanted: &'static str,
+    },
+    /// Another live instance has this node's durable broadcasts.
+    #[error(
+        "node {node:?} lives already: instance {instance:?} (process {pid}) gets its durable broadcasts, so this one would get none of them; give every instance a name of its own with Consumer::node"
+    )]
+    NodeTaken {
+        /// The node.
+        node: String,
+        /// The instance that has it.
+        instance: String,
+        /// Its process, on its host.
+        pid: i32,
     },
     /// The consumer's task was cancelled or panicked.
     #[error("the consumer ended unexpectedly: {0}")]

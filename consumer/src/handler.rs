@@ -1,26 +1,28 @@
-//! What a handler is: which messages it takes, how it is run, and what its return value means.
+//! What a handler is: which messages it takes and how it is run.
 
-use std::collections::BTreeMap;
+pub(crate) mod failures;
+mod hook;
+mod options;
+pub(crate) mod retry;
+pub(crate) mod router;
+mod schedule;
+
 use std::fmt;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use postbox::Position;
 use postbox::cron::Missed;
 
-use crate::cron::CronDefinition;
-use crate::dead_letter::DeadLetter;
-use crate::extract::{BesideBatch, Extract, Invocation};
-use crate::retry::Retry;
-use crate::state::StateType;
-
-/// What became of one run of a handler.
-pub type Outcome = Result<(), HandlerError>;
-
-/// A boxed future, as handlers return it.
-pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+pub use self::hook::DeadLetterHook;
+pub(crate) use self::hook::{HOOKS_AT_ONCE, Hook, Hooks, Telling};
+pub(crate) use self::options::Audience;
+pub use self::options::{Breaker, Expired, MessageOrder, Undecodable, UnknownType};
+use self::schedule::CronDefinition;
+use crate::extract::{self, BesideBatch, Extract, Invocation, Needs};
+use crate::handler::retry::Retry;
+use crate::layer::Run;
+use crate::outcome::{BoxFuture, Outcome};
 
 /// Implemented by `#[handler]` beside the function it is on.
 #[diagnostic::on_unimplemented(
@@ -37,11 +39,14 @@ pub trait DefineHandler {
 pub struct HandlerDefinition {
     pub(crate) name: &'static str,
     pub(crate) audience: Option<Audience>,
+    /// As an option says it.
     pub(crate) topic: Option<String>,
     pub(crate) types: Vec<String>,
+    /// Of which group's dead letters it is.
+    pub(crate) dead_letters_of: Option<String>,
     pub(crate) concurrency: Option<usize>,
-    pub(crate) order: Option<Order>,
-    pub(crate) start: Option<Start>,
+    pub(crate) order: Option<MessageOrder>,
+    pub(crate) start: Option<Position>,
     pub(crate) lanes: Option<u16>,
     pub(crate) rate: Option<f64>,
     pub(crate) instance_rate: Option<f64>,
@@ -49,29 +54,18 @@ pub struct HandlerDefinition {
     pub(crate) timeout: Duration,
     pub(crate) retry: Retry,
     pub(crate) expired: Expired,
-    pub(crate) transactional: bool,
+    pub(crate) unknown: Option<UnknownType>,
+    pub(crate) undecodable: Undecodable,
+    pub(crate) breaker: Option<Breaker>,
+    pub(crate) connections: Option<usize>,
     pub(crate) batch: Option<usize>,
     pub(crate) batch_wait: Duration,
-    /// Whether an argument is a [`Batch`](crate::Batch).
-    pub(crate) takes_batches: bool,
-    pub(crate) states: Vec<StateType>,
-    pub(crate) on_dead_letter: Option<DeadLetterHook>,
+    /// Of each argument.
+    pub(crate) needs: Vec<Needs>,
+    pub(crate) on_dead_letter: Option<Hook>,
     pub(crate) cron: Option<CronDefinition>,
-    pub(crate) run: Option<Arc<dyn Fn(Invocation) -> BoxFuture<Outcome> + Send + Sync>>,
-}
-
-/// What runs when a message was given up.
-pub(crate) type DeadLetterHook = Arc<dyn Fn(DeadLetter) -> BoxFuture<Outcome> + Send + Sync>;
-
-/// Who gets each message.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Audience {
-    /// One instance of the group.
-    Group(String),
-    /// Every instance, from a cursor in its memory.
-    Broadcast,
-    /// Every node, from a cursor in the database.
-    DurableBroadcast,
+    pub(crate) missed: Option<Missed>,
+    pub(crate) run: Option<Run>,
 }
 
 impl HandlerDefinition {
@@ -82,6 +76,7 @@ impl HandlerDefinition {
             audience: None,
             topic: None,
             types: Vec::new(),
+            dead_letters_of: None,
             concurrency: None,
             order: None,
             start: None,
@@ -92,13 +87,16 @@ impl HandlerDefinition {
             timeout: DEFAULT_TIMEOUT,
             retry: Retry::default(),
             expired: Expired::default(),
-            transactional: false,
+            unknown: None,
+            undecodable: Undecodable::default(),
+            breaker: None,
+            connections: None,
             batch: None,
             batch_wait: Duration::ZERO,
-            takes_batches: false,
-            states: Vec::new(),
+            needs: Vec::new(),
             on_dead_letter: None,
             cron: None,
+            missed: None,
             run: None,
         }
     }
@@ -122,13 +120,20 @@ impl HandlerDefinition {
         self
     }
 
-    /// Topic, where no argument says it.
+    /// Topic, instead of the one that an argument says.
     pub fn topic(mut self, topic: impl Into<String>) -> Self {
         self.topic = Some(topic.into());
         self
     }
 
-    /// A message type that it takes, where no argument says it. Without any it takes every type of the topic, and untyped messages.
+    /// Takes the dead letters of a group, from now on, as messages: what the group gives up comes to it as it was published, with a
+    /// [`DeadLetter`](crate::DeadLetter) that says why. It needs no topic. A dead letter that this handler gives up itself is no message again.
+    pub fn dead_letters_of(mut self, group: impl Into<String>) -> Self {
+        self.dead_letters_of = Some(group.into());
+        self
+    }
+
+    /// A message type that it takes, instead of those that an argument says. Without any it takes every type of the topic, and untyped messages.
     pub fn message_type(mut self, message_type: impl Into<String>) -> Self {
         self.types.push(message_type.into());
         self
@@ -153,14 +158,14 @@ impl HandlerDefinition {
         self
     }
 
-    /// What runs one after another (default [`Order::Key`]). All handlers of a group on a topic must agree.
-    pub fn order(mut self, order: Order) -> Self {
+    /// What runs one after another (default [`MessageOrder::Key`]). All handlers of a group on a topic must agree.
+    pub fn order(mut self, order: MessageOrder) -> Self {
         self.order = Some(order);
         self
     }
 
-    /// Where the group begins when it subscribes for the first time (default [`Start::Earliest`]; broadcasts: [`Start::Latest`]).
-    pub fn start(mut self, start: Start) -> Self {
+    /// Where the group begins when it subscribes for the first time (default [`Position::Earliest`]; broadcasts: [`Position::Latest`]).
+    pub fn start(mut self, start: Position) -> Self {
         self.start = Some(start);
         self
     }
@@ -210,17 +215,41 @@ impl HandlerDefinition {
         self
     }
 
-    /// What runs once a message of this handler is among the dead letters; see [`DeadLetter`] for its guarantee.
-    pub fn on_dead_letter(
-        mut self,
-        hook: impl Fn(DeadLetter) -> BoxFuture<Outcome> + Send + Sync + 'static,
-    ) -> Self {
-        self.on_dead_letter = Some(Arc::new(hook));
+    /// What becomes of messages of the group on the topic of a type that no live instance handles (default: as
+    /// [`Consumer::unknown_types`](crate::Consumer::unknown_types) says). All handlers of a group on a topic must agree.
+    pub fn unknown(mut self, policy: UnknownType) -> Self {
+        self.unknown = Some(policy);
+        self
+    }
+
+    /// What becomes of messages whose payload the handler's type cannot be made from (default [`Undecodable::DeadLetter`]).
+    pub fn undecodable(mut self, undecodable: Undecodable) -> Self {
+        self.undecodable = undecodable;
+        self
+    }
+
+    /// Whether the group's breaker on the topic opens when everything fails (default [`Breaker::On`]). All handlers of a group on a topic must
+    /// agree.
+    pub fn breaker(mut self, breaker: Breaker) -> Self {
+        self.breaker = Some(breaker);
+        self
+    }
+
+    /// Connections that the group's transactional handlers on the topic have for themselves, and the most that they take at once (default: a fair
+    /// share of the pool; see [`Consumer::new`](crate::Consumer::new)). All handlers of a group on a topic must agree.
+    pub fn connections(mut self, connections: usize) -> Self {
+        self.connections = Some(connections);
+        self
+    }
+
+    /// What runs once a message of this handler is among the dead letters; see [`DeadLetter`](crate::DeadLetter) for its guarantee.
+    pub fn on_dead_letter<A>(mut self, hook: impl DeadLetterHook<A>) -> Self {
+        self.on_dead_letter = Some(Hook::new(hook));
         self
     }
 
     /// Handles the firings of a schedule, which the consumer registers under this name at its start; most are made by `#[cron]`. Sets the
-    /// group `cron` (unless [`group`](Self::group) says another), the topic `cron/NAME` and [`Order::Topic`]. The expression and the time zone are as in
+    /// group `cron` (unless [`group`](Self::group) says another), the topic `cron/NAME` and [`MessageOrder::Topic`]. The expression and the time zone are as in
     /// [`postbox::cron`].
     pub fn cron(
         mut self,
@@ -230,23 +259,20 @@ impl HandlerDefinition {
     ) -> Self {
         let cron = CronDefinition::new(name.into(), expression.into(), time_zone.into());
         self.audience.get_or_insert(Audience::Group("cron".to_owned()));
-        self.topic = Some(cron.topic());
-        self.order = Some(Order::Topic);
+        self.order.get_or_insert(MessageOrder::Topic);
         self.cron = Some(cron);
         self
     }
 
     /// What becomes of due times that passed while no dispatcher ran (default [`Missed::Once`]); no effect without [`cron`](Self::cron).
     pub fn missed(mut self, missed: Missed) -> Self {
-        if let Some(cron) = &mut self.cron {
-            cron.missed = missed;
-        }
+        self.missed = Some(missed);
         self
     }
 
     /// Declares an argument of the function, so that it is known at start what the handler needs.
     pub fn argument<E: Extract>(mut self) -> Self {
-        E::declare(&mut self);
+        self.needs.push(E::NEEDS);
         self
     }
 
@@ -259,6 +285,39 @@ impl HandlerDefinition {
     pub fn call(mut self, run: impl Fn(Invocation) -> BoxFuture<Outcome> + Send + Sync + 'static) -> Self {
         self.run = Some(Arc::new(run));
         self
+    }
+
+    /// Its topic, by its options, its schedule or its arguments. It need not be a name.
+    pub(crate) fn topic_name(&self) -> Option<String> {
+        let of_letters = self.dead_letters_of.as_deref().map(extract::dead_letter_topic);
+        let of_firings = self.cron.as_ref().map(CronDefinition::topic);
+        let of_argument = || self.needs.iter().find_map(|needs| needs.topic).map(str::to_owned);
+        self.topic
+            .clone()
+            .or(of_letters)
+            .or(of_firings)
+            .or_else(of_argument)
+    }
+
+    /// The types that it takes, by its options or its arguments; none: all.
+    pub(crate) fn type_names(&self) -> Vec<String> {
+        if !self.types.is_empty() {
+            return self.types.clone();
+        }
+        let of_argument = self.needs.iter().find(|needs| needs.topic.is_some());
+        of_argument.map_or_else(Vec::new, |needs| {
+            needs.types.iter().map(|name| (*name).to_owned()).collect()
+        })
+    }
+
+    /// Whether an argument is its transaction.
+    pub(crate) fn is_transactional(&self) -> bool {
+        self.needs.iter().any(|needs| needs.transaction)
+    }
+
+    /// Whether an argument is a [`Batch`](crate::Batch).
+    pub(crate) fn takes_batches(&self) -> bool {
+        self.needs.iter().any(|needs| needs.batch)
     }
 
     /// The function's own name, without its path.
@@ -280,191 +339,3 @@ impl fmt::Debug for HandlerDefinition {
 
 /// How long one run of a handler may take unless it says otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// What runs one after another.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Order {
-    /// Messages of one key, in their order; different keys and messages without a key run beside each other.
-    #[default]
-    Key,
-    /// All messages of the topic, strictly by offset. The subscription has one lane, so one instance does the work.
-    Topic,
-    /// Nothing: any message may run beside any other.
-    None,
-}
-
-impl Order {
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Order::Key => "key",
-            Order::Topic => "topic",
-            Order::None => "none",
-        }
-    }
-}
-
-/// What becomes of a message that expired (`expires_at`, `expires_in`) before it was handled, by the database's clock. It never runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Expired {
-    /// It is settled and counted.
-    #[default]
-    Settle,
-    /// It goes to the dead letters. An operator may redrive it; then it does not expire again.
-    DeadLetter,
-}
-
-/// Where a new subscription begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Start {
-    /// At the earliest message that is retained.
-    Earliest,
-    /// After the newest message that is in order when the subscription is made.
-    Latest,
-    /// At an offset, or the nearest one there is.
-    Offset(i64),
-    /// At the first message published at or after an instant.
-    Time(DateTime<Utc>),
-    /// At the first message published at most so long ago.
-    Ago(Duration),
-}
-
-impl Start {
-    /// As `postbox.start_offset` takes it.
-    pub(crate) fn to_sql(self) -> (&'static str, Option<String>) {
-        match self {
-            Start::Earliest => ("earliest", None),
-            Start::Latest => ("latest", None),
-            Start::Offset(offset) => ("offset", Some(offset.to_string())),
-            Start::Time(time) => ("time", Some(time.to_rfc3339())),
-            Start::Ago(span) => ("ago", Some(format!("{} milliseconds", span.as_millis()))),
-        }
-    }
-}
-
-/// Why a handler failed, and what is to be done with the message.
-///
-/// Any error becomes one with `?` and is retried by the handler's policy. It has no `std::error::Error` of its own, as
-/// `anyhow::Error` has none, so that it can be made from every error.
-pub struct HandlerError {
-    pub(crate) decision: Decision,
-    pub(crate) reason: String,
-}
-
-#[derive(Debug)]
-pub(crate) enum Decision {
-    /// By the handler's policy.
-    Retry,
-    /// After this span, whatever the policy's backoff says.
-    RetryIn(Duration),
-    /// Not again: it is settled and counted.
-    Discard,
-    /// Not again: to the dead letters, however many attempts are left.
-    DeadLetter,
-    /// After this span, as if it had not run.
-    Postpone(Duration),
-    /// Of a batch: these messages failed, by offset, and the others did not.
-    OfEach(BTreeMap<i64, HandlerError>),
-}
-
-impl HandlerError {
-    /// Retried by the handler's policy.
-    pub fn retry(why: impl fmt::Display) -> Self {
-        Self {
-            decision: Decision::Retry,
-            reason: why.to_string(),
-        }
-    }
-
-    /// Retried after a span, whatever the policy's backoff says.
-    pub fn retry_in(span: Duration, why: impl fmt::Display) -> Self {
-        Self {
-            decision: Decision::RetryIn(span),
-            reason: why.to_string(),
-        }
-    }
-
-    /// Not a failure: the message runs again after a span as if it had not run, so nothing is counted or logged and the attempt keeps its
-    /// number. Its key waits for it. For a handler that cannot do its work now through no fault of the message.
-    pub fn postpone(span: Duration, why: impl fmt::Display) -> Self {
-        Self {
-            decision: Decision::Postpone(span),
-            reason: why.to_string(),
-        }
-    }
-
-    /// Not retried: the message goes to the dead letters at once, for an operator to look at. Its key goes on or waits as the handler's
-    /// [`Retry`] says.
-    pub fn dead_letter(why: impl fmt::Display) -> Self {
-        Self {
-            decision: Decision::DeadLetter,
-            reason: why.to_string(),
-        }
-    }
-
-    /// Not retried: the message is settled, counted and logged.
-    pub fn discard(why: impl fmt::Display) -> Self {
-        Self {
-            decision: Decision::Discard,
-            reason: why.to_string(),
-        }
-    }
-}
-
-impl fmt::Debug for HandlerError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}: {}", self.decision, self.reason)
-    }
-}
-
-impl fmt::Display for HandlerError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.reason)
-    }
-}
-
-impl<E: Into<Box<dyn std::error::Error + Send + Sync>>> From<E> for HandlerError {
-    fn from(error: E) -> Self {
-        let error = error.into();
-        let mut reason = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            let cause_text = cause.to_string();
-            // Many errors already say their source.
-            if !reason.contains(&cause_text) {
-                reason.push_str(": ");
-                reason.push_str(&cause_text);
-            }
-            source = cause.source();
-        }
-        Self {
-            decision: Decision::Retry,
-            reason,
-        }
-    }
-}
-
-/// What a handler may return: nothing, or a result with an error that [`HandlerError`] can be made from.
-#[diagnostic::on_unimplemented(
-    message = "a handler cannot return `{Self}`",
-    label = "return `()` or `Result<(), HandlerError>`",
-    note = "the error may be any type that converts into `HandlerError` with `?`, such as `anyhow::Error`; a handler of batches may also return `BatchResult`"
-)]
-pub trait IntoOutcome {
-    /// As an outcome.
-    fn into_outcome(self) -> Outcome;
-}
-
-impl IntoOutcome for () {
-    fn into_outcome(self) -> Outcome {
-        Ok(())
-    }
-}
-
-impl<E: Into<HandlerError>> IntoOutcome for Result<(), E> {
-    fn into_outcome(self) -> Outcome {
-        self.map_err(Into::into)
-    }
-}

@@ -101,10 +101,13 @@ impl Inbox {
     /// Creates the table `postbox_inbox` in the database of `pool`, in the first schema of its search path, unless it is there. All inboxes of
     /// a database share it. Any number of processes may call it at once, at every start.
     ///
-    /// **Errors.** The database's; the role needs `CREATE` on the schema the first time, and later `SELECT`, `INSERT` and `DELETE` on
+    /// # Errors
+    ///
+    /// The database's; the role needs `CREATE` on the schema the first time, and later `SELECT`, `INSERT` and `DELETE` on
     /// the table.
     pub async fn create(pool: &PgPool) -> Result<(), sqlx::Error> {
-        let mut tx = pool.begin_with("BEGIN ISOLATION LEVEL READ COMMITTED").await?;
+        let mut tx =
+            postbox::__private::Transaction::begin(pool, "BEGIN ISOLATION LEVEL READ COMMITTED").await?;
         sqlx::query(LOCK).execute(&mut *tx).await?;
         if !sqlx::query_scalar::<_, bool>(EXISTS).fetch_one(&mut *tx).await? {
             sqlx::raw_sql(CREATE).execute(&mut *tx).await?;
@@ -118,10 +121,14 @@ impl Inbox {
     /// Call it before the effect, in the effect's own transaction. If two runs of a message meet, the second waits here until the first has
     /// committed (then it gets `false`) or rolled back (then `true`). If `tx` is rolled back, the message was never noted.
     ///
-    /// **Errors.** The database's; return them, and the message is tried again. Above READ COMMITTED a duplicate that committed meanwhile is
+    /// # Errors
+    ///
+    /// The database's; return them, and the message is tried again. Above READ COMMITTED a duplicate that committed meanwhile is
     /// a serialization failure.
     ///
-    /// **Cancellation.** What was not committed was not noted.
+    /// # Cancellation safety
+    ///
+    /// What was not committed was not noted.
     pub async fn first(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -138,7 +145,9 @@ impl Inbox {
     /// Forgets messages, so that they are handled again when they come again: for a replay that is to have its effect. Returns how many of
     /// them were noted. Commits with `tx`.
     ///
-    /// **Errors.** The database's.
+    /// # Errors
+    ///
+    /// The database's.
     pub async fn forget(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -156,7 +165,9 @@ impl Inbox {
     /// Deletes what was noted longer ago than `older_than`, in transactions of up to 5,000 rows; returns how many there were. For a daily
     /// task. See *How long* [above](Self).
     ///
-    /// **Errors.** The database's; what was deleted until then stays deleted.
+    /// # Errors
+    ///
+    /// The database's; what was deleted until then stays deleted.
     pub async fn expire(&self, pool: &PgPool, older_than: Duration) -> Result<u64, sqlx::Error> {
         let mut expired = 0;
         loop {

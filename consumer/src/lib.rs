@@ -28,57 +28,52 @@
 //! # Ok(()) }
 //! ```
 
-mod block;
-mod breaker;
-mod checkout;
 mod clock;
+mod connections;
 mod consumer;
 mod cron;
-mod dead_letter;
 mod error;
 mod executor;
 mod extract;
-mod failures;
 mod handler;
+mod ids;
 mod inbox;
-mod journal;
 mod lane;
-#[doc(hidden)]
-pub mod link;
+mod layer;
+mod log;
 #[cfg(feature = "micro")]
 #[doc(hidden)]
 pub mod micro;
-#[doc(hidden)]
-pub mod news;
-mod pace;
-mod process;
-mod progress;
-mod record;
-mod redelivery;
-mod replay;
-mod retry;
-mod router;
+mod outcome;
+mod protocol;
 mod session;
-mod settlement;
+mod settings;
+mod shutdown;
 mod state;
 mod subscription;
-mod throttle;
-mod topic_log;
-mod window;
 
-pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats, UnknownType};
-pub use dead_letter::DeadLetter;
+pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats};
 pub use error::Error;
 pub use extract::{
-    Batch, BesideBatch, Delivery, Extract, Invocation, Item, Json, Raw, ScheduledAt, State, Tx,
+    Batch, BatchItem, BesideBatch, DeadLetter, Delivery, Extract, Invocation, Json, Needs, Raw, ScheduledAt,
+    State, TestTx, Tx,
 };
-pub use failures::{BatchResult, Failures};
+pub use handler::failures::{BatchResult, Failures};
+pub use handler::retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};
 pub use handler::{
-    BoxFuture, DEFAULT_TIMEOUT, DefineHandler, Expired, HandlerDefinition, HandlerError, IntoOutcome, Order,
-    Outcome, Start,
+    Breaker, DEFAULT_TIMEOUT, DeadLetterHook, DefineHandler, Expired, HandlerDefinition, MessageOrder,
+    Undecodable, UnknownType,
 };
 pub use inbox::Inbox;
+pub use layer::HandlerService;
+pub use outcome::{BoxFuture, HandlerError, HandlerFailure, IntoOutcome, Outcome};
+pub use postbox::Position;
 pub use postbox::cron::Missed;
+pub use postbox_core::{DailyWindow, WindowError};
 pub use postbox_macros::{cron, handler, handlers};
-pub use retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};
-pub use window::{DailyWindow, WindowError};
+pub use shutdown::shutdown_signal;
+
+/// What the attributes expand to; not for use by hand.
+#[doc(hidden)]
+#[path = "private.rs"]
+pub mod __private;

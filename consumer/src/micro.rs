@@ -10,21 +10,24 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use tokio::sync::{Notify, mpsc};
 
 use crate::clock::DatabaseClock;
-use crate::consumer::{Settings, UnknownType};
 use crate::executor::{Claim, Command, Executor, Plan};
-use crate::handler::{HandlerDefinition, Order};
+use crate::handler::UnknownType;
+use crate::handler::{HandlerDefinition, MessageOrder};
+use crate::ids::{Epoch, Lane};
 use crate::lane::OwnedLane;
+use crate::log::readers::Readers;
+use crate::log::topic_log::TopicLog;
+use crate::settings::Settings;
 use crate::state::States;
 use crate::subscription::plan_all;
-use crate::topic_log::TopicLog;
 
 /// So many fit into what a process keeps of a topic in memory, so that nothing is read.
 const BLOCK: i64 = 1024;
 const BLOCKS: i64 = 16;
 
 /// The lane of a message.
-pub fn lane_of(offset: i64, key_hash: Option<i32>, lanes: u16) -> u16 {
-    crate::lane::lane_of(offset, key_hash, lanes)
+pub fn lane_of(offset: i64, key_hash: Option<i32>, lanes: u16) -> usize {
+    crate::lane::lane_of(offset, key_hash, lanes).index()
 }
 
 /// A topic in memory and an executor that has not begun to handle it.
@@ -48,14 +51,17 @@ impl Pipeline {
     pub fn new(keys: i32, waits: bool) -> Self {
         let handled = Arc::new(Handled::default());
         let plan = plan(&handled, waits);
-        let log = Arc::new(TopicLog::new(plan.topic.clone(), nowhere()));
+        let log = Arc::new(TopicLog::new(
+            plan.topic.clone(),
+            Arc::new(Readers::new(PgConnectOptions::new())),
+        ));
         for base in (0..BLOCKS).map(|n| n * BLOCK) {
             let messages: Vec<StoredMessage> = (base..base + BLOCK).map(|n| message(n, keys)).collect();
             log.learn(base + BLOCK, segment(base, &messages), Some(&messages));
         }
         let (commands, receiver) = mpsc::unbounded_channel();
         let claim = Claim {
-            lanes: vec![(0, OwnedLane::new(0, 0))],
+            lanes: vec![(Lane::of(0, 1), OwnedLane::new(Epoch(0), 0))],
             ..Claim::default()
         };
         // The receiver is right here.
@@ -85,7 +91,7 @@ fn plan(handled: &Arc<Handled>, waits: bool) -> Arc<Plan> {
     let handler = HandlerDefinition::new("micro")
         .broadcast()
         .topic("micro")
-        .order(Order::Key)
+        .order(MessageOrder::Key)
         .call(move |_| {
             let handled = handled.clone();
             Box::pin(async move {
@@ -106,6 +112,7 @@ fn plan(handled: &Arc<Handled>, waits: bool) -> Arc<Plan> {
         window: 1024,
         max_failing: 1000,
         unknown_types: UnknownType::Settle,
+        tx_pool: None,
     };
     let states = Arc::new(States::default());
     let clock = Arc::new(DatabaseClock::default());
@@ -127,6 +134,7 @@ fn message(n: i64, keys: i32) -> StoredMessage {
         payload: br#"{"order_id":42,"total_cents":1999}"#.as_slice().into(),
         published_at: chrono::Utc::now(),
         expires_at: None,
+        unreadable: None,
     }
 }
 

@@ -3,20 +3,26 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use postbox::is_name;
+use postbox::{Position, is_name};
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
+use tracing::info;
 
 use crate::clock::DatabaseClock;
-use crate::consumer::{Settings, UnknownType};
+use crate::connections::Statements;
+use crate::connections::{self, Share};
 use crate::error::Error;
-use crate::executor::Plan;
-use crate::handler::{Audience, HandlerDefinition, HandlerError, Order, Start};
-use crate::progress::Counters;
-use crate::retry::Retry;
-use crate::router::{Handler, Router};
+use crate::executor::{Plan, Transactions};
+use crate::handler::UnknownType;
+use crate::handler::retry::Retry;
+use crate::handler::router::{Handler, Router};
+use crate::handler::{Audience, HandlerDefinition, MessageOrder};
+use crate::handler::{HOOKS_AT_ONCE, Hooks};
+use crate::outcome::HandlerError;
+use crate::protocol::progress::Counters;
+use crate::settings::Settings;
 use crate::state::States;
-use crate::window::DailyWindow;
+use postbox_core::DailyWindow;
 
 const DEFAULT_CONCURRENCY: usize = 32;
 const DEFAULT_LANES: u16 = 32;
@@ -29,7 +35,7 @@ const MAX_LANES: u16 = 1024;
 pub(crate) struct Subscription {
     pub(crate) plan: Arc<Plan>,
     pub(crate) kind: Kind,
-    pub(crate) start: Start,
+    pub(crate) start: Position,
     pub(crate) pace: PaceInCode,
 }
 
@@ -90,7 +96,7 @@ pub(crate) fn plan_all(
             None => families.push(Family {
                 audience,
                 group,
-                topic: topic.to_owned(),
+                topic,
                 members: vec![definition],
             }),
         }
@@ -98,35 +104,77 @@ pub(crate) fn plan_all(
     if families.is_empty() {
         return Err(Error::NoHandlers);
     }
-    let trial = Arc::new(Semaphore::new(1));
+    let quarantine = Arc::new(Semaphore::new(1));
+    let hooks_pool = settings.tx_pool.as_ref().unwrap_or(pool);
+    let mut shares = shares(&families, settings, pool)?;
     families
         .into_iter()
-        .map(|family| family.plan(settings, states, pool, &trial, clock))
+        .zip(&mut shares)
+        .map(|(family, share)| family.plan(settings, states, share.take(), hooks_pool, &quarantine, clock))
         .collect()
 }
 
-fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a Audience, &'a str), Error> {
+/// The connections of those that are transactional.
+fn shares(families: &[Family<'_>], settings: &Settings, pool: &PgPool) -> Result<Vec<Option<Share>>, Error> {
+    let mut wanted = Vec::new();
+    for family in families.iter().filter(|family| family.is_transactional()) {
+        let connections = family.agreed("connections", |definition| definition.connections)?;
+        wanted.push((family.group.as_str(), family.topic.as_str(), connections));
+    }
+    let mut shares = match &settings.tx_pool {
+        Some(of_their_own) => connections::divide(of_their_own, false, &wanted),
+        None => connections::divide(pool, true, &wanted),
+    }
+    .into_iter();
+    let of = |family: &Family<'_>| family.is_transactional().then(|| shares.next()).flatten();
+    Ok(families.iter().map(of).collect())
+}
+
+fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a Audience, String), Error> {
     let handler = definition.name;
     let audience = definition.audience.as_ref().ok_or(Error::NoGroup { handler })?;
-    let topic = definition.topic.as_deref().ok_or(Error::NoTopic { handler })?;
+    let topic = definition.topic_name().ok_or(Error::NoTopic { handler })?;
+    if definition.topic.is_some() && definition.dead_letters_of.is_some() {
+        return Err(Error::TwoTopics {
+            handler,
+            option: "dead_letters_of",
+        });
+    }
+    if (definition.topic.is_some() || definition.dead_letters_of.is_some()) && definition.cron.is_some() {
+        return Err(Error::TwoTopics {
+            handler,
+            option: "cron",
+        });
+    }
+    if definition.missed.is_some() && definition.cron.is_none() {
+        return Err(Error::MissedWithoutCron { handler });
+    }
     let invalid = |what, name: &str| Error::InvalidName {
         handler,
         what,
         name: name.to_owned(),
     };
-    if !is_name(topic) {
-        return Err(invalid("topic", topic));
+    if !is_name(&topic) {
+        return Err(invalid("topic", &topic));
     }
     if let Some(name) = definition.types.iter().find(|name| !is_name(name)) {
         return Err(invalid("type", name));
     }
-    if let Some(state) = definition.states.iter().find(|state| !states.has(**state)) {
+    let needs = definition.needs.iter();
+    let hook = definition.on_dead_letter.as_ref();
+    let mut asked_for = (needs.clone().chain(hook.map(|hook| &hook.needs)))
+        .flat_map(|needs| needs.states.iter().flatten())
+        .map(|state| state());
+    if let Some(state) = asked_for.find(|state| !states.has(*state)) {
         return Err(Error::MissingState {
             handler,
             state: state.name,
         });
     }
-    if *audience == Audience::Broadcast && definition.transactional {
+    if definition.dead_letters_of.is_none() && needs.clone().any(|needs| needs.dead_letter) {
+        return Err(Error::NoDeadLetters { handler });
+    }
+    if *audience == Audience::Broadcast && definition.is_transactional() {
         return Err(Error::BroadcastTx { handler });
     }
     let out_of_range = |option, value: String, range| Error::OutOfRange {
@@ -141,7 +189,7 @@ fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a 
     if let Some(lanes) = definition.lanes.filter(|lanes| !(1..=MAX_LANES).contains(lanes)) {
         return Err(out_of_range("lanes", lanes.to_string(), "it is 1 to 1024"));
     }
-    if definition.batch.is_some() != definition.takes_batches {
+    if definition.batch.is_some() != definition.takes_batches() {
         return Err(Error::Batch { handler });
     }
     if let Some(batch) = definition.batch.filter(|batch| !(1..=MAX_BATCH).contains(batch)) {
@@ -165,6 +213,9 @@ fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a 
     {
         return Err(Error::BroadcastPace { handler });
     }
+    if definition.connections == Some(0) {
+        return Err(out_of_range("connections", "0".to_owned(), "it is at least 1"));
+    }
     if definition.timeout.is_zero() {
         return Err(out_of_range("timeout", "0".to_owned(), "it is more than zero"));
     }
@@ -172,12 +223,19 @@ fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a 
 }
 
 impl Family<'_> {
+    fn is_transactional(&self) -> bool {
+        self.members
+            .iter()
+            .any(|definition| definition.is_transactional())
+    }
+
     fn plan(
         self,
         settings: &Settings,
         states: &Arc<States>,
-        pool: &PgPool,
-        trial: &Arc<Semaphore>,
+        share: Option<Share>,
+        hooks_pool: &PgPool,
+        quarantine: &Arc<Semaphore>,
         clock: &Arc<DatabaseClock>,
     ) -> Result<Subscription, Error> {
         let kind = match self.audience {
@@ -191,9 +249,9 @@ impl Family<'_> {
             .agreed("order", |definition| definition.order)?
             .unwrap_or_default();
         let default_start = if kind == Kind::Group {
-            Start::Earliest
+            Position::Earliest
         } else {
-            Start::Latest
+            Position::Latest
         };
         let start = self
             .agreed("start", |definition| definition.start)?
@@ -201,19 +259,25 @@ impl Family<'_> {
         let lanes = self
             .agreed("lanes", |definition| definition.lanes)?
             .unwrap_or(DEFAULT_LANES);
+        let breaker = self
+            .agreed("breaker", |definition| definition.breaker)?
+            .unwrap_or_default();
         let pace = PaceInCode {
             rate: self.agreed("rate", |definition| definition.rate)?,
             instance_rate: self.agreed("instance_rate", |definition| definition.instance_rate)?,
             window: self.window()?,
         };
-        let one_lane = kind != Kind::Group || order == Order::Topic;
+        let unknown_types = self
+            .agreed("unknown", |definition| definition.unknown)?
+            .unwrap_or(settings.unknown_types);
+        let one_lane = kind != Kind::Group || order == MessageOrder::Topic;
         let mut concurrency = self
             .members
             .iter()
             .filter_map(|definition| definition.concurrency)
             .max()
             .unwrap_or(
-                match self.members.iter().all(|definition| definition.takes_batches) {
+                match self.members.iter().all(|definition| definition.takes_batches()) {
                     true => DEFAULT_BATCHES,
                     false => DEFAULT_CONCURRENCY,
                 },
@@ -222,10 +286,33 @@ impl Family<'_> {
             .filter_map(|definition| definition.batch)
             .max()
             .unwrap_or(1);
-        if self.members.iter().any(|definition| definition.transactional) {
+        if let Some(share) = share.as_ref().filter(|_| {
+            self.members
+                .iter()
+                .all(|definition| definition.is_transactional())
+        }) {
             // More would only wait for a connection.
-            concurrency = concurrency.min(pool.options().get_max_connections() as usize);
+            concurrency = concurrency.min(share.most());
         }
+        let transactional = self
+            .members
+            .iter()
+            .filter(|definition| definition.is_transactional());
+        let timeout = transactional.map(|definition| definition.timeout).max();
+        let transactions = share.map(|share| Transactions {
+            share: Arc::new(share),
+            statements: Arc::new(Statements::within(timeout.unwrap_or_default())),
+        });
+
+        let mut hooks = self
+            .members
+            .iter()
+            .filter_map(|definition| definition.on_dead_letter.as_ref());
+        let hooks_at_once = if hooks.any(|hook| hook.needs.transaction) {
+            1
+        } else {
+            HOOKS_AT_ONCE
+        };
 
         let mut router = Router::new();
         for definition in &self.members {
@@ -233,7 +320,7 @@ impl Family<'_> {
                 handler: definition.name,
             })?);
             router
-                .add(&definition.types, handler)
+                .add(&definition.type_names(), handler)
                 .map_err(|(first, message_type)| Error::DuplicateHandler {
                     first,
                     second: definition.name,
@@ -253,12 +340,18 @@ impl Family<'_> {
                 .max(settings.window),
             batch,
             router,
-            unknown: (settings.unknown_types == UnknownType::Fail).then(|| Arc::new(refuse_unknown())),
+            unknown_types,
+            unknown: Arc::new(refuse_unknown(unknown_types)),
+            breaker,
             max_failing: settings.max_failing,
-            trial: trial.clone(),
+            quarantine: quarantine.clone(),
             clock: clock.clone(),
             states: states.clone(),
-            pool: pool.clone(),
+            hooks: Arc::new(Hooks {
+                pool: hooks_pool.clone(),
+                turns: Semaphore::new(hooks_at_once),
+            }),
+            transactions,
             counters: Counters::default(),
         };
         Ok(Subscription {
@@ -312,11 +405,11 @@ impl Family<'_> {
     }
 }
 
-/// Runs for messages of an unknown type where that is an error: they fail until a handler for them is deployed.
-fn refuse_unknown() -> Handler {
+/// Runs for messages of a type that no live instance handles, where that is an error: they fail until one does, or are given up.
+fn refuse_unknown(policy: UnknownType) -> Handler {
     let definition = HandlerDefinition::new("unknown type")
         .retry(Retry::exponential(Duration::from_secs(1), Duration::from_secs(60)).unlimited())
-        .call(|invocation| {
+        .call(move |invocation| {
             Box::pin(async move {
                 let message_type = invocation
                     .record
@@ -324,11 +417,24 @@ fn refuse_unknown() -> Handler {
                     .message_type
                     .as_deref()
                     .unwrap_or("(none)");
-                Err(HandlerError::retry(format!(
-                    "no handler of group {} takes type {message_type:?}",
+                let reason = format!(
+                    "no live instance of group {} has a handler for type {message_type:?}",
                     invocation.group
-                )))
+                );
+                Err(match policy {
+                    UnknownType::DeadLetter => HandlerError::dead_letter(reason),
+                    _ => HandlerError::retry(reason),
+                })
             })
         });
     Handler::new(&definition).expect("the definition has a function to call")
+}
+
+pub(crate) fn log_subscription(subscription: &Subscription) {
+    let plan = &subscription.plan;
+    let handlers: Vec<&str> = plan.router.handlers().map(|handler| handler.name).collect();
+    info!(
+        group = %plan.group, topic = %plan.topic, order = plan.order.as_str(), lanes = plan.lanes,
+        concurrency = plan.concurrency, handlers = handlers.join(" "), "subscribed"
+    );
 }

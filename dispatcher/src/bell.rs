@@ -1,8 +1,9 @@
-//! The bell: how one that polls falls asleep without missing who needs it. Why none is missed is in ARCHITECTURE.md, "The bell".
+//! The bell: how one that polls falls asleep without missing who needs it. Why none is missed is in docs/internals/bell.md.
 
 use std::time::{Duration, Instant};
 
-use postbox_consumer::link::{self, in_time};
+use postbox_core::link::{self, in_time};
+use postbox_core::locks::Complaints;
 use sqlx::PgPool;
 use sqlx::postgres::{PgListener, PgNotification};
 
@@ -15,8 +16,10 @@ pub(crate) const WAITING_POLL: Duration = Duration::from_millis(20);
 /// Another dispatcher is at the bell, so this one only steps in if that one does not answer for so long.
 pub(crate) const STANDBY_WAIT: Duration = Duration::from_millis(100);
 /// So many rings within so long: from then on polling is cheaper than being rung.
-const RUSH: (u32, Duration) = (16, Duration::from_millis(100));
+const BURST: (u32, Duration) = (16, Duration::from_millis(100));
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a lock is tried for that somebody else has.
+const LOCKED_OUT_PAUSE: Duration = Duration::from_millis(500);
 
 /// Whoever can take it exclusively has nobody in flight who thinks him awake.
 const TAKE: &str = "SELECT pg_try_advisory_lock(1347571761, $1)";
@@ -30,6 +33,9 @@ const IS_TAKEN: &str = "SELECT EXISTS (SELECT FROM pg_locks l WHERE l.locktype =
 /// A connection that may hold a bell; everything that must not outlive its hold on it goes through it.
 pub(crate) struct Bell {
     lock: i32,
+    complaints: Complaints,
+    /// Its process at the server.
+    pub(crate) backend: i32,
     pub(crate) connection: PgListener,
     // Holds the one connection.
     _pool: PgPool,
@@ -55,10 +61,13 @@ impl Bell {
         settings: &'static str,
     ) -> Result<Self, sqlx::Error> {
         let options = (*pool.connect_options()).clone().application_name(name);
-        let (mut connection, own) = link::open(options, channels, STATEMENT_TIMEOUT).await?;
-        sqlx::raw_sql(settings).execute(&mut connection).await?;
+        let (mut connection, own) = link::open(options, channels, settings).await?;
+        let backend = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut connection);
+        let backend = in_time(STATEMENT_TIMEOUT, "looking where this is", backend).await?;
         Ok(Self {
             lock,
+            complaints: Complaints::default(),
+            backend,
             connection,
             _pool: own,
         })
@@ -84,10 +93,24 @@ impl Bell {
         let answer = sqlx::query_scalar(statement)
             .bind(self.lock)
             .fetch_one(&mut self.connection);
-        in_time(STATEMENT_TIMEOUT, answer).await
+        in_time(STATEMENT_TIMEOUT, "the bell", answer).await
     }
 
-    /// Waits for a ring, for so long at most; how many there are by then. One look answers all of them.
+    /// Whether the statement is to be tried again: it did not get a lock, and who has that was said. Whoever holds a lock is not a lost connection.
+    pub(crate) async fn is_locked_out(
+        &mut self,
+        waiting: &str,
+        error: &sqlx::Error,
+    ) -> Result<bool, sqlx::Error> {
+        if !link::is_locked_out(error) {
+            return Ok(false);
+        }
+        self.complaints.complain(waiting, &mut self.connection).await?;
+        tokio::time::sleep(LOCKED_OUT_PAUSE).await;
+        Ok(true)
+    }
+
+    /// Waits for a ring, for so long at most, whatever else is heard; how many there are by then. One look answers all of them.
     pub(crate) async fn rings(
         &mut self,
         at_most: Duration,
@@ -95,7 +118,8 @@ impl Bell {
     ) -> Result<u32, sqlx::Error> {
         let end = tokio::time::Instant::now() + at_most;
         let mut rings = 0;
-        while rings == 0 {
+        // What has come is had at once, so a flood of what is no ring would never let the time end by itself.
+        while rings == 0 && tokio::time::Instant::now() < end {
             let first = match tokio::time::timeout_at(end, self.connection.try_recv()).await {
                 Ok(Ok(Some(notification))) => notification,
                 Ok(Ok(None)) => return Err(closed()),
@@ -111,13 +135,13 @@ impl Bell {
     }
 }
 
-/// Whether rings come in a rush.
-pub(crate) struct Rush {
+/// Whether rings come in a burst.
+pub(crate) struct Burst {
     rings: u32,
     since: Instant,
 }
 
-impl Rush {
+impl Burst {
     pub(crate) fn new() -> Self {
         Self {
             rings: 0,
@@ -128,10 +152,10 @@ impl Rush {
     /// Each counts, also those that come while a look is slow.
     pub(crate) fn is_on_with(&mut self, rings: u32) -> bool {
         self.rings += rings;
-        if self.rings < RUSH.0 {
+        if self.rings < BURST.0 {
             return false;
         }
-        let is_on = self.since.elapsed() < RUSH.1;
+        let is_on = self.since.elapsed() < BURST.1;
         *self = Self::new();
         is_on
     }

@@ -15,18 +15,20 @@
 
 mod bell;
 mod cron;
-pub mod dead_letters;
 mod dispatcher;
-pub mod doctor;
-mod ear;
 mod expiry;
-pub mod messages;
+mod flood;
+mod notifications;
+mod operator;
+mod parts;
 mod promotion;
 pub mod restore;
 pub mod retention;
 mod sequencer;
-pub mod status;
-pub mod subscriptions;
+mod steady;
+mod supervised;
 mod timers;
 
-pub use dispatcher::{Dispatcher, DispatcherHandle};
+pub use operator::{dead_letters, doctor, messages, rejects, status, subscriptions};
+
+pub use dispatcher::{Dispatcher, DispatcherHandle, DispatcherStats};

@@ -1,8 +1,9 @@
-//! Moving scheduled messages to the outbox when they are due. Why nothing is overlooked is in ARCHITECTURE.md, "Time".
+//! Moving scheduled messages to the outbox when they are due. Why nothing is overlooked is in docs/internals/time.md.
 
 use std::time::{Duration, Instant};
 
-use postbox_consumer::link::in_time;
+use chrono::{DateTime, Utc};
+use postbox_core::link::in_time;
 use sqlx::postgres::PgListener;
 use uuid::Uuid;
 
@@ -16,7 +17,7 @@ const HELD_AGAIN: Duration = Duration::from_millis(20);
 const MANY_HELD: usize = 1_000;
 const MANY_HELD_AGAIN: Duration = Duration::from_secs(1);
 
-const PROMOTE: &str = "SELECT last_look::text, start_at::text, start_n, held, promoted, is_full, is_fresh, due_in \
+const PROMOTE: &str = "SELECT last_look::text, start_at::text, start_n, held, promoted, is_full, is_fresh, due_in, postbox.clock() \
      FROM postbox.promote($1::pg_snapshot, $2::timestamptz, $3, $4, $5)";
 
 /// What the last call returned, which the next one goes on from.
@@ -39,9 +40,21 @@ pub(crate) struct Look {
     pub(crate) is_fresh: bool,
     /// When the next one is due, as far as is known now.
     pub(crate) due_in: Option<Duration>,
+    /// What the database's clock said.
+    pub(crate) now: DateTime<Utc>,
 }
 
-type Row = (String, String, i64, Vec<Uuid>, i64, bool, bool, Option<f64>);
+type Row = (
+    String,
+    String,
+    i64,
+    Vec<Uuid>,
+    i64,
+    bool,
+    bool,
+    Option<f64>,
+    DateTime<Utc>,
+);
 
 impl Promotion {
     pub(crate) async fn step(&mut self, connection: &mut PgListener) -> Result<Look, sqlx::Error> {
@@ -58,8 +71,8 @@ impl Promotion {
             .bind(held)
             .bind(BATCH)
             .fetch_one(connection);
-        let (look, start_at, start_n, held, promoted, is_full, is_fresh, due_in): Row =
-            in_time(TIMEOUT, promote).await?;
+        let (look, start_at, start_n, held, promoted, is_full, is_fresh, due_in, now): Row =
+            in_time(TIMEOUT, "promoting what is due", promote).await?;
         self.last_look = Some(look);
         self.start_at = Some(start_at);
         self.start_n = Some(start_n);
@@ -76,6 +89,7 @@ impl Promotion {
             is_full,
             is_fresh,
             due_in: due_in.into_iter().chain(held_in).min(),
+            now,
         })
     }
 }

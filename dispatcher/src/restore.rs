@@ -1,7 +1,8 @@
 //! After a logical restore into another cluster: makes the transaction ids in the schema that cluster's own.
 //!
-//! The work is the SQL function `postbox.rebase`; why it is right is in ARCHITECTURE.md, "Restore".
+//! The work is the SQL function `postbox.rebase`; why it is right is in docs/internals/restore.md.
 
+use postbox::__private::Transaction;
 use serde::Serialize;
 use sqlx::{FromRow, PgPool};
 use tracing::{info, warn};
@@ -30,6 +31,10 @@ const REBASE: &str =
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 
 /// Why the transaction ids in the schema are not of this cluster; `None`: they are, and no rebase is needed.
+///
+/// # Errors
+///
+/// The database's.
 pub async fn is_needed(pool: &PgPool) -> Result<Option<String>, postbox::Error> {
     Ok(sqlx::query_scalar(FOREIGN).fetch_one(pool).await?)
 }
@@ -40,9 +45,11 @@ pub async fn is_needed(pool: &PgPool) -> Result<Option<String>, postbox::Error> 
 /// One transaction, which rewrites all messages and segments. Publishing does not wait for it; dispatchers do. Any number may call it
 /// at once, and one does the work.
 ///
-/// **Errors.** The database's; SQLSTATE `PB003`: the restore has not ended. It needs the rights of the schema's owner.
+/// # Errors
+///
+/// The database's; SQLSTATE `PB003`: the restore has not ended. It needs the rights of the schema's owner.
 pub async fn rebase(pool: &PgPool, even_if_not_needed: bool) -> Result<Option<Rebased>, postbox::Error> {
-    let mut tx = pool.begin_with(BEGIN).await?;
+    let mut tx = Transaction::begin(pool, BEGIN).await?;
     let rebased = sqlx::query_as(REBASE)
         .bind(even_if_not_needed)
         .fetch_optional(&mut *tx)

@@ -1,17 +1,21 @@
 //! When to look for what is due: just when the next is, at once when something is scheduled that is due sooner, seldom when nothing happens.
 //!
-//! See ARCHITECTURE.md, "Time".
+//! See docs/internals/time.md.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use chrono::TimeDelta;
+use postbox_core::clock::{self, ClockWatch};
+use postbox_core::link::in_time;
 use sqlx::PgPool;
 use tokio::sync::watch;
+use tracing::warn;
 
-use crate::bell::{BUSY_FOR, Bell, Rush, SLEEPING_POLL, STANDBY_WAIT, Taken, WAITING_POLL};
+use crate::bell::{BUSY_FOR, Bell, Burst, SLEEPING_POLL, STANDBY_WAIT, Taken, WAITING_POLL};
 use crate::cron::Crons;
-use crate::ear::Rings;
+use crate::notifications::Rings;
 use crate::promotion::{Look, Promotion};
 
 /// The bell of who schedules something that is due within a minute. Who does not is found by the poll, as is a clock that was changed.
@@ -22,7 +26,13 @@ const WITHOUT_SCHEDULES: Duration = Duration::from_secs(10);
 
 /// Unlike the sequencer's steps these commit durably: a message that was promoted again after a crash of the server would come to a broadcast
 /// from memory a second time.
-const SETTINGS: &str = "SET synchronous_commit = on; SET default_transaction_isolation = 'read committed'";
+const SETTINGS: &str = "SET synchronous_commit = on";
+
+const NOTE_CLOCK: &str = "SELECT postbox.note_incident('clock', 'a dispatcher', $1)";
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Anybody can ring, any number of times, and every ring would read all schedules.
+const RUNG_AGAIN: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
@@ -50,6 +60,9 @@ pub(crate) struct Timers {
     crons: Crons,
     /// When to look at the schedules again.
     cron_at: Instant,
+    cron_looked: Instant,
+    /// Whether the database's clock is set.
+    clock: ClockWatch,
 }
 
 impl Timers {
@@ -69,6 +82,8 @@ impl Timers {
             promotion: Promotion::default(),
             crons: Crons::default(),
             cron_at: Instant::now(),
+            cron_looked: Instant::now(),
+            clock: ClockWatch::default(),
         })
     }
 
@@ -76,12 +91,16 @@ impl Timers {
     pub(crate) async fn run(mut self) -> sqlx::Error {
         loop {
             if let Err(error) = self.work_and_sleep().await {
-                return error;
+                match self.bell.is_locked_out("the timers", &error).await {
+                    Ok(true) => {}
+                    Ok(false) => return error,
+                    Err(error) => return error,
+                }
             }
         }
     }
 
-    /// Polls while messages are scheduled that are due soon, then sleeps at the bell until there is a rush of them again.
+    /// Polls while messages are scheduled that are due soon, then sleeps at the bell until there is a burst of them again.
     async fn work_and_sleep(&mut self) -> Result<(), sqlx::Error> {
         let mut worked = Instant::now();
         while worked.elapsed() < BUSY_FOR {
@@ -108,11 +127,11 @@ impl Timers {
 
     /// Holds the bell, so that everyone who schedules something for soon rings, and looks when one does or something is due.
     async fn sleep(&mut self) -> Result<(), sqlx::Error> {
-        let mut rush = Rush::new();
+        let mut burst = Burst::new();
         loop {
             // Everyone who did not ring has committed, so the first of these looks sees what they scheduled.
             let look = self.look().await?;
-            if !look.is_full && rush.is_on_with(self.rings(self.pause(&look)).await) {
+            if !look.is_full && burst.is_on_with(self.rings(self.pause(&look)).await) {
                 return self.bell.give().await;
             }
         }
@@ -147,20 +166,36 @@ impl Timers {
         let now = *self.heard.borrow_and_update();
         let before = std::mem::replace(&mut self.rings, now);
         if now.cron != before.cron {
-            self.cron_at = Instant::now();
+            self.cron_at = self.cron_at.min(self.cron_looked + RUNG_AGAIN);
         }
         now.scheduled.wrapping_sub(before.scheduled)
+    }
+
+    /// In the log, and for doctor.
+    async fn tell_of_clock(&mut self, step: TimeDelta) -> Result<(), sqlx::Error> {
+        let what = format!("the database's clock was set {}", clock::in_words(step));
+        warn!(what, "everything that is due, kept or expires goes by it");
+        let note = sqlx::query(NOTE_CLOCK)
+            .bind(what)
+            .execute(&mut self.bell.connection);
+        in_time(TIMEOUT, "noting what is odd", note).await?;
+        Ok(())
     }
 
     /// Promotes a batch of what is due, and fires what is due.
     async fn look(&mut self) -> Result<Look, sqlx::Error> {
         if self.cron_at <= Instant::now() {
+            self.cron_looked = Instant::now();
             let (fired, due_in) = self.crons.step(&mut self.bell.connection).await?;
             self.counters.fired.fetch_add(fired, Ordering::Relaxed);
             self.cron_at =
                 Instant::now() + due_in.map_or(WITHOUT_SCHEDULES, |due_in| due_in.min(SLEEPING_POLL));
         }
+        let asked = Instant::now();
         let look = self.promotion.step(&mut self.bell.connection).await?;
+        if let Some(step) = self.clock.look(look.now, asked, Instant::now()) {
+            self.tell_of_clock(step).await?;
+        }
         self.counters
             .promoted
             .fetch_add(look.promoted.unsigned_abs(), Ordering::Relaxed);

@@ -1,8 +1,10 @@
 //! The options inside an attribute: `name = value`, `name` or `name(…)`, separated by commas.
 
+use proc_macro2::{Group, Literal, TokenStream, TokenTree};
+use quote::ToTokens;
 use syn::ext::IdentExt;
 use syn::parse::ParseStream;
-use syn::{Expr, ExprLit, Ident, Lit, LitStr, Token};
+use syn::{Expr, ExprLit, Ident, Lit, LitStr, Path, Token};
 
 use crate::duration::Interval;
 use crate::name;
@@ -59,6 +61,72 @@ pub(crate) fn name(option: &Ident, example: &str, input: ParseStream<'_>) -> syn
     Ok(literal)
 }
 
+/// The string in `= "…"` that names a topic, type or group, or a constant or macro that gives one, such as `concat!("a", ".b")`, which is checked when
+/// the consumer starts.
+pub(crate) fn name_or_constant(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<Expr> {
+    let mend = || format!("`{option}` takes a string: {option} = \"{example}\"");
+    let value = value(option, mend, input)?;
+    match &value {
+        Expr::Lit(ExprLit {
+            lit: Lit::Str(literal),
+            ..
+        }) => name::check(&option.to_string(), literal)?,
+        Expr::Path(_) | Expr::Macro(_) => {}
+        _ => return Err(syn::Error::new_spanned(value, mend())),
+    }
+    Ok(value)
+}
+
+/// The path in `= "…"`, or as it is.
+pub(crate) fn path(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<Path> {
+    let mend = || format!("`{option}` takes the path of a crate: {option} = \"{example}\"");
+    match value(option, mend, input)? {
+        Expr::Lit(ExprLit {
+            lit: Lit::Str(literal),
+            ..
+        }) => literal
+            .parse()
+            .map_err(|_| syn::Error::new(literal.span(), mend())),
+        Expr::Path(path) => Ok(path.path),
+        other => Err(syn::Error::new_spanned(other, mend())),
+    }
+}
+
+/// The same tokens with another path where they say `::name`: for who has the crate under another name, or by way of another crate.
+pub(crate) fn in_crate(name: &str, krate: Option<&Path>, tokens: TokenStream) -> TokenStream {
+    let Some(krate) = krate else { return tokens };
+    let mut out: Vec<TokenTree> = Vec::new();
+    for token in tokens {
+        match token {
+            TokenTree::Group(group) => {
+                let inner = in_crate(name, Some(krate), group.stream());
+                let mut replaced = Group::new(group.delimiter(), inner);
+                replaced.set_span(group.span());
+                out.push(replaced.into());
+            }
+            TokenTree::Ident(ident) if ident == name && ends_with_colons(&out) => {
+                out.truncate(out.len() - 2);
+                out.extend(krate.to_token_stream());
+            }
+            // A path in a string, for another attribute.
+            TokenTree::Literal(literal) if literal.to_string().starts_with(&format!("\"::{name}::")) => {
+                let path = krate.to_token_stream().to_string();
+                let text = literal.to_string().replacen(&format!("::{name}"), &path, 1);
+                let mut replaced = Literal::string(text.trim_matches('"'));
+                replaced.set_span(literal.span());
+                out.push(replaced.into());
+            }
+            other => out.push(other),
+        }
+    }
+    out.into_iter().collect()
+}
+
+fn ends_with_colons(tokens: &[TokenTree]) -> bool {
+    let is_colon = |token: &TokenTree| matches!(token, TokenTree::Punct(punct) if punct.as_char() == ':');
+    matches!(tokens, [.., first, second] if is_colon(first) && is_colon(second))
+}
+
 /// The expression in `= …`; without one, the error at the option's name says what it takes.
 pub(crate) fn value(option: &Ident, mend: impl Fn() -> String, input: ParseStream<'_>) -> syn::Result<Expr> {
     let missing = |_| syn::Error::new(option.span(), mend());
@@ -66,7 +134,15 @@ pub(crate) fn value(option: &Ident, mend: impl Fn() -> String, input: ParseStrea
     if input.is_empty() || input.peek(Token![,]) {
         return Err(syn::Error::new(option.span(), mend()));
     }
-    input.parse()
+    input.parse().map(ungrouped)
+}
+
+/// What a macro of the user's took as `$it:literal` or `$it:expr` stands in a group that nobody wrote.
+pub(crate) fn ungrouped(mut value: Expr) -> Expr {
+    while let Expr::Group(group) = value {
+        value = *group.expr;
+    }
+    value
 }
 
 /// One of the strings that the option knows; gives what stands beside it.

@@ -4,20 +4,20 @@ use proc_macro2::TokenStream;
 use quote::quote;
 use syn::ext::IdentExt;
 use syn::parse::{ParseStream, Parser};
-use syn::{LitStr, Signature, Token, Type};
+use syn::{LitStr, Path, Signature, Token, Type};
 
 use crate::attribute;
 use crate::duration::Interval;
 use crate::handler;
 use crate::retry::Retry;
 
-const KNOWN: &[&str] = &["tz", "name", "group", "missed", "timeout", "retry"];
+const KNOWN: &[&str] = &["tz", "name", "group", "missed", "timeout", "retry", "crate"];
 
 /// The item as it was, and its definition or the errors.
 pub(crate) fn expand(options: TokenStream, item: TokenStream) -> TokenStream {
     handler::expand_with("#[cron]", item, |signature, arguments| {
         let options = Options::read.parse2(options)?;
-        Ok(definition(signature, arguments, &options))
+        Ok((definition(signature, arguments, &options), options.krate))
     })
 }
 
@@ -30,6 +30,7 @@ struct Options {
     missed: Option<TokenStream>,
     timeout: Option<Interval>,
     retry: Option<Retry>,
+    krate: Option<Path>,
 }
 
 impl Options {
@@ -43,7 +44,7 @@ impl Options {
             input.parse::<Token![,]>()?;
         }
         let (mut time_zone, mut name, mut group) = (None, None, None);
-        let (mut missed, mut timeout, mut retry) = (None, None, None);
+        let (mut missed, mut timeout, mut retry, mut krate) = (None, None, None, None);
         attribute::read_options(input, "#[cron]", KNOWN, |option, known, input| {
             match known {
                 "tz" => {
@@ -62,6 +63,13 @@ impl Options {
                     missed = Some(attribute::choice(option, &choices, input)?);
                 }
                 "timeout" => timeout = Some(attribute::interval(option, "20s", input)?),
+                "crate" => {
+                    krate = Some(attribute::path(
+                        option,
+                        "shop::reexports::postbox_consumer",
+                        input,
+                    )?)
+                }
                 _ => retry = Some(Retry::read(option, input)?),
             }
             Ok(())
@@ -74,6 +82,7 @@ impl Options {
             missed,
             timeout,
             retry,
+            krate,
         })
     }
 }
@@ -128,8 +137,11 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
     let missed = options.missed.iter();
     let timeout = options.timeout.map(Interval::expression).into_iter();
     let retry = options.retry.as_ref().map(Retry::expression).into_iter();
-    let call = handler::call(signature, arguments);
+    let permanent = options.retry.as_ref().and_then(Retry::dead_letter_on);
+    let call = handler::call(signature, arguments, permanent);
+    let fits = handler::fits(signature, arguments, false, false);
     quote! {
+        #fits
         ::postbox_consumer::HandlerDefinition::new(::core::concat!(::core::module_path!(), "::", #function))
             .cron(#name, #schedule, #time_zone)
             #(.group(#group))*

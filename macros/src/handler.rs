@@ -1,49 +1,24 @@
 //! `#[handler]`: a definition beside an async function, in the type namespace under the function's name.
 
+mod options;
+
 use proc_macro2::{Span, TokenStream};
 use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::ext::IdentExt;
-use syn::parse::{ParseStream, Parser};
-use syn::punctuated::Punctuated;
+use syn::parse::Parser;
 use syn::spanned::Spanned;
-use syn::{
-    Attribute, Expr, ExprPath, FnArg, Ident, ItemFn, LitStr, PathSegment, ReturnType, Signature, Token, Type,
-    bracketed,
-};
+use syn::{Attribute, ExprPath, FnArg, ItemFn, Path, ReturnType, Signature, Type};
 
 use crate::attribute;
 use crate::duration::Interval;
-use crate::name;
 use crate::retry::Retry;
-
-const KNOWN: &[&str] = &[
-    "group",
-    "broadcast",
-    "topic",
-    "type",
-    "types",
-    "concurrency",
-    "batch",
-    "batch_wait",
-    "order",
-    "start",
-    "lanes",
-    "rate",
-    "instance_rate",
-    "window",
-    "timeout",
-    "retry",
-    "expired",
-    "on_dead_letter",
-];
+use options::{Audience, Options};
 
 /// The item as it was, and its definition or the errors.
 pub(crate) fn expand(options: TokenStream, item: TokenStream) -> TokenStream {
     expand_with("#[handler]", item, |signature, arguments| {
         let options = Options::read.parse2(options)?;
-        check_batch(&options, arguments)?;
-        check_result(signature, arguments)?;
-        Ok(definition(signature, arguments, &options))
+        Ok((definition(signature, arguments, &options), options.krate))
     })
 }
 
@@ -51,7 +26,7 @@ pub(crate) fn expand(options: TokenStream, item: TokenStream) -> TokenStream {
 pub(crate) fn expand_with(
     attribute: &str,
     item: TokenStream,
-    define: impl FnOnce(&Signature, &[&Type]) -> syn::Result<TokenStream>,
+    define: impl FnOnce(&Signature, &[&Type]) -> syn::Result<(TokenStream, Option<Path>)>,
 ) -> TokenStream {
     let function: ItemFn = match syn::parse2(item.clone()) {
         Ok(function) => function,
@@ -65,11 +40,11 @@ pub(crate) fn expand_with(
         Err(error) => return with_error(item, error),
     };
     // A body that is never run keeps `handlers![]` from complaining of the same mistake.
-    let define = define(&function.sig, &arguments).unwrap_or_else(|error| {
+    let (define, krate) = define(&function.sig, &arguments).unwrap_or_else(|error| {
         let error = error.into_compile_error();
-        quote!(#error ::core::unreachable!())
+        (quote!(#error ::core::unreachable!()), None)
     });
-    let definition = beside(&function, &define);
+    let definition = attribute::in_crate("postbox_consumer", krate.as_ref(), beside(&function, &define));
     quote!(#item #definition)
 }
 
@@ -128,178 +103,6 @@ fn argument_type(argument: &FnArg) -> syn::Result<&Type> {
     }
 }
 
-/// Who gets each message.
-enum Audience {
-    Group(LitStr),
-    Broadcast,
-    DurableBroadcast,
-}
-
-/// What `#[handler(…)]` says.
-struct Options {
-    audience: Audience,
-    topic: Option<LitStr>,
-    types: Vec<LitStr>,
-    concurrency: Option<Expr>,
-    batch: Option<(Expr, Span)>,
-    batch_wait: Option<(Interval, Span)>,
-    order: Option<TokenStream>,
-    start: Option<TokenStream>,
-    lanes: Option<Expr>,
-    rate: Option<Expr>,
-    instance_rate: Option<Expr>,
-    window: Option<LitStr>,
-    timeout: Option<Interval>,
-    retry: Option<Retry>,
-    expired: Option<TokenStream>,
-    on_dead_letter: Option<ExprPath>,
-}
-
-impl Options {
-    fn read(input: ParseStream<'_>) -> syn::Result<Self> {
-        let (mut group, mut broadcast) = (None, None);
-        let (mut topic, mut types) = (None, Vec::new());
-        let (mut concurrency, mut lanes, mut timeout, mut retry) = (None, None, None, None);
-        let (mut batch, mut batch_wait) = (None, None);
-        let (mut rate, mut instance_rate, mut window, mut pace) = (None, None, None, None);
-        let (mut order, mut start, mut expired, mut on_dead_letter) = (None, None, None, None);
-        attribute::read_options(input, "#[handler]", KNOWN, |option, name, input| {
-            match name {
-                "group" => group = Some((attribute::name(option, "inventory", input)?, option.span())),
-                "broadcast" => broadcast = Some((read_broadcast(option, input)?, option.span())),
-                "topic" => topic = Some(attribute::name(option, "orders", input)?),
-                "type" | "types" if !types.is_empty() => {
-                    return Err(syn::Error::new(option.span(), "give either `type` or `types`"));
-                }
-                "type" => types.push(attribute::name(option, "order.placed", input)?),
-                "types" => types = read_types(option, input)?,
-                "concurrency" => concurrency = Some(attribute::count(option, input)?),
-                "batch" => batch = Some((attribute::count(option, input)?, option.span())),
-                "batch_wait" => {
-                    batch_wait = Some((attribute::interval(option, "20ms", input)?, option.span()))
-                }
-                "order" => {
-                    let choices = [
-                        ("key", quote!(Order::Key)),
-                        ("topic", quote!(Order::Topic)),
-                        ("none", quote!(Order::None)),
-                    ];
-                    order = Some(attribute::choice(option, &choices, input)?);
-                }
-                "expired" => {
-                    let choices = [
-                        ("settle", quote!(Expired::Settle)),
-                        ("dead_letter", quote!(Expired::DeadLetter)),
-                    ];
-                    expired = Some(attribute::choice(option, &choices, input)?);
-                }
-                "start" => {
-                    let choices = [
-                        ("earliest", quote!(Start::Earliest)),
-                        ("latest", quote!(Start::Latest)),
-                    ];
-                    start = Some(attribute::choice(option, &choices, input)?);
-                }
-                "lanes" => lanes = Some(attribute::count(option, input)?),
-                "rate" | "instance_rate" => {
-                    let messages = Some(attribute::rate(option, input)?);
-                    match name {
-                        "rate" => rate = messages,
-                        _ => instance_rate = messages,
-                    }
-                    pace = Some(option.clone());
-                }
-                "window" => {
-                    window = Some(attribute::string(option, "22:00-06:00 Europe/Berlin", input)?);
-                    pace = Some(option.clone());
-                }
-                "timeout" => timeout = Some(attribute::interval(option, "20s", input)?),
-                "on_dead_letter" => on_dead_letter = Some((read_function(option, input)?, option.span())),
-                _ => retry = Some(Retry::read(option, input)?),
-            }
-            Ok(())
-        })?;
-        let audience = match (group, broadcast) {
-            (Some((group, _)), None) => Audience::Group(group),
-            (None, Some((broadcast, _))) => broadcast,
-            (Some(_), Some((_, span))) => {
-                let message = "`group` and `broadcast` exclude each other: a group handles each message once, \
-                               a broadcast once on every node";
-                return Err(syn::Error::new(span, message));
-            }
-            (None, None) => {
-                let message = "add group = \"…\", the consumers that share the messages, or broadcast, for \
-                               every node";
-                return Err(syn::Error::new(Span::call_site(), message));
-            }
-        };
-        if let (Audience::Broadcast, Some((_, span))) = (&audience, &on_dead_letter) {
-            let message = "a broadcast from memory has no dead letters: `on_dead_letter` goes with group = \"…\" or \
-                           broadcast = \"durable\"";
-            return Err(syn::Error::new(*span, message));
-        }
-        if let (Audience::Broadcast, Some(option)) = (&audience, &pace) {
-            let message = format!(
-                "a broadcast from memory goes as fast as it can: `{option}` goes with group = \"…\" or broadcast = \"durable\""
-            );
-            return Err(syn::Error::new(option.span(), message));
-        }
-        Ok(Self {
-            audience,
-            topic,
-            types,
-            concurrency,
-            batch,
-            batch_wait,
-            order,
-            start,
-            lanes,
-            rate,
-            instance_rate,
-            window,
-            timeout,
-            retry,
-            expired,
-            on_dead_letter: on_dead_letter.map(|(function, _)| function),
-        })
-    }
-}
-
-fn read_broadcast(option: &Ident, input: ParseStream<'_>) -> syn::Result<Audience> {
-    if !input.peek(Token![=]) {
-        return Ok(Audience::Broadcast);
-    }
-    attribute::choice(option, &[("durable", ())], input)?;
-    Ok(Audience::DurableBroadcast)
-}
-
-/// The path in `= notify` or `= crate::support::notify`.
-fn read_function(option: &Ident, input: ParseStream<'_>) -> syn::Result<ExprPath> {
-    let mend = || format!("`{option}` takes the name of an async function: {option} = tell_support");
-    match attribute::value(option, mend, input)? {
-        Expr::Path(path) => Ok(path),
-        other => Err(syn::Error::new_spanned(other, mend())),
-    }
-}
-
-fn read_types(option: &Ident, input: ParseStream<'_>) -> syn::Result<Vec<LitStr>> {
-    let mend = "`types` takes strings in brackets: types = [\"order.placed\", \"order.paid\"]";
-    if !(input.peek(Token![=]) && input.peek2(syn::token::Bracket)) {
-        return Err(syn::Error::new(option.span(), mend));
-    }
-    input.parse::<Token![=]>()?;
-    let content;
-    bracketed!(content in input);
-    let types: Vec<LitStr> = Punctuated::<LitStr, Token![,]>::parse_terminated(&content)?
-        .into_iter()
-        .collect();
-    if types.is_empty() {
-        return Err(syn::Error::new(option.span(), mend));
-    }
-    types.iter().try_for_each(|each| name::check("type", each))?;
-    Ok(types)
-}
-
 /// The expression that makes the `HandlerDefinition`.
 fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> TokenStream {
     let name = signature.ident.unraw().to_string();
@@ -323,7 +126,12 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
         timeout,
         retry,
         expired,
+        unknown,
+        undecodable,
+        breaker,
+        connections,
         on_dead_letter,
+        dead_letters_of,
         ..
     } = options;
     let topic = topic.iter();
@@ -339,19 +147,28 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
     let timeout = timeout.map(Interval::expression).into_iter();
     let retry = retry.as_ref().map(Retry::expression).into_iter();
     let expired = expired.iter();
-    let on_dead_letter = on_dead_letter.iter().map(letter_call);
-    let call = call(signature, arguments);
-    let has_batch = options.batch.is_some();
-    let declared = arguments
+    let unknown = unknown.iter();
+    let undecodable = undecodable.iter();
+    let breaker = breaker.iter();
+    let connections = connections.iter();
+    let on_dead_letter = on_dead_letter
         .iter()
-        .map(|argument| match has_batch && !is_batch(argument) {
-            true => quote_spanned!(argument.span()=> .argument_beside_batch::<#argument>()),
-            false => quote!(.argument::<#argument>()),
-        });
+        .map(|function| quote_spanned!(function.span()=> .on_dead_letter(#function)));
+    let dead_letters_of = dead_letters_of.iter();
+    let permanent = options.retry.as_ref().and_then(Retry::dead_letter_on);
+    let call = call(signature, arguments, permanent);
+    let has_batch = options.batch.is_some();
+    let fits = fits(signature, arguments, has_batch, options.batch_wait.is_some());
+    let declared = arguments.iter().map(|argument| match has_batch {
+        true => quote_spanned!(argument.span()=> .argument_beside_batch::<#argument>()),
+        false => quote!(.argument::<#argument>()),
+    });
     quote! {
+        #fits
         ::postbox_consumer::HandlerDefinition::new(::core::concat!(::core::module_path!(), "::", #name))
             .#audience
             #(.topic(#topic))*
+            #(.dead_letters_of(#dead_letters_of))*
             #(.message_type(#types))*
             #(.concurrency(#concurrency))*
             #(.batch(#batch))*
@@ -365,69 +182,37 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
             #(.timeout(#timeout))*
             #(.retry(#retry))*
             #(.expired(::postbox_consumer::#expired))*
-            #(.on_dead_letter(#on_dead_letter))*
+            #(.unknown(::postbox_consumer::#unknown))*
+            #(.undecodable(::postbox_consumer::#undecodable))*
+            #(.breaker(::postbox_consumer::#breaker))*
+            #(.connections(#connections))*
+            #(#on_dead_letter)*
             #(#declared)*
             .call(#call)
     }
 }
 
-/// Whether the argument is a batch, by its name.
-fn is_batch(argument: &Type) -> bool {
-    last_segment(argument).is_some_and(|segment| segment.ident == "Batch" && !segment.arguments.is_none())
-}
-
-fn last_segment(named: &Type) -> Option<&PathSegment> {
-    match named {
-        Type::Path(path) => path.path.segments.last(),
-        _ => None,
-    }
-}
-
-/// Who returns a `BatchResult` has a batch whose messages can fail one by one.
-fn check_result(signature: &Signature, arguments: &[&Type]) -> syn::Result<()> {
-    let is = |named: &Type, name: &str| last_segment(named).is_some_and(|segment| segment.ident == name);
-    let output = match &signature.output {
-        ReturnType::Type(_, output) if is(output, "BatchResult") => output,
-        _ => return Ok(()),
+/// What refuses to compile where the arguments, the options and the return value do not go together. By their types, not by their names: what is an
+/// alias is taken for what it is.
+pub(crate) fn fits(signature: &Signature, arguments: &[&Type], batch: bool, batch_wait: bool) -> TokenStream {
+    let result_of_each = match &signature.output {
+        // `impl Trait` cannot be named here.
+        ReturnType::Type(_, output) if !matches!(**output, Type::ImplTrait(_)) => {
+            quote_spanned!(output.span()=> <#output as ::postbox_consumer::IntoOutcome>::OF_EACH)
+        }
+        _ => quote!(false),
     };
-    if !arguments.iter().any(|argument| is_batch(argument)) {
-        let message = "`BatchResult` says which messages of a batch failed: take a `Batch<…>`, or return `Result<(), HandlerError>`";
-        return Err(syn::Error::new_spanned(output, message));
-    }
-    if arguments.iter().any(|argument| is(argument, "Tx")) {
-        let message = "a `Tx` commits whole, so no single messages of its batch can fail: return `Result<(), HandlerError>`";
-        return Err(syn::Error::new_spanned(output, message));
-    }
-    Ok(())
-}
-
-/// The option and the argument go together.
-fn check_batch(options: &Options, arguments: &[&Type]) -> syn::Result<()> {
-    let mut batches = arguments.iter().filter(|argument| is_batch(argument));
-    match (&options.batch, &options.batch_wait, batches.next()) {
-        (Some((_, span)), _, None) => {
-            let message =
-                "`batch` is for a handler that takes many messages at once: take them as `Batch<…>`";
-            Err(syn::Error::new(*span, message))
-        }
-        (None, _, Some(argument)) => {
-            let message = "a handler of batches says how many messages it takes at once: add batch = 100";
-            Err(syn::Error::new_spanned(argument, message))
-        }
-        (None, Some((_, span)), None) => {
-            let message = "`batch_wait` is how long a batch waits for more messages, and goes with `batch`";
-            Err(syn::Error::new(*span, message))
-        }
-        _ => match batches.next() {
-            Some(second) => Err(syn::Error::new_spanned(second, "a handler takes one batch")),
-            None => Ok(()),
-        },
+    let needs = arguments
+        .iter()
+        .map(|argument| quote_spanned!(argument.span()=> <#argument as ::postbox_consumer::Extract>::NEEDS));
+    quote_spanned! {signature.ident.span()=>
+        const _: () = ::postbox_consumer::__private::fits(&[#(#needs),*], #batch, #batch_wait, #result_of_each);
     }
 }
 
 /// The closure that extracts the arguments and calls the function. The types keep their spans, so that the
 /// compiler points at an argument that is no extractor and at a return type that is no outcome.
-pub(crate) fn call(signature: &Signature, arguments: &[&Type]) -> TokenStream {
+pub(crate) fn call(signature: &Signature, arguments: &[&Type], permanent: Option<&ExprPath>) -> TokenStream {
     let function = &signature.ident;
     let names: Vec<_> = (0..arguments.len())
         .map(|position| format_ident!("argument_{position}"))
@@ -452,20 +237,16 @@ pub(crate) fn call(signature: &Signature, arguments: &[&Type]) -> TokenStream {
             quote_spanned!(output.span()=> <#output as ::postbox_consumer::IntoOutcome>)
         }
     };
+    let outcome = match permanent {
+        None => quote!(#outcome::into_outcome(#function(#(#names),*).await)),
+        Some(path) => quote_spanned! {path.span()=>
+            ::postbox_consumer::__private::classified(#function(#(#names),*).await, #path)
+        },
+    };
     quote! {
         |#invocation| ::std::boxed::Box::pin(async move {
             #(#extract)*
-            #outcome::into_outcome(#function(#(#names),*).await)
-        })
-    }
-}
-
-/// The closure that calls the function of `on_dead_letter`. It keeps the path's span, so that the compiler points there at a
-/// function that takes or returns something else.
-fn letter_call(function: &ExprPath) -> TokenStream {
-    quote_spanned! {function.span()=>
-        |letter| ::std::boxed::Box::pin(async move {
-            ::postbox_consumer::IntoOutcome::into_outcome(#function(letter).await)
+            #outcome
         })
     }
 }
@@ -536,8 +317,8 @@ mod tests {
                 .message_type("a")
                 .message_type("b")
                 .concurrency(64)
-                .order(::postbox_consumer::Order::Topic)
-                .start(::postbox_consumer::Start::Latest)
+                .order(::postbox_consumer::MessageOrder::Topic)
+                .start(::postbox_consumer::Position::Latest)
                 .lanes(LANES)
                 .rate(::core::primitive::f64::from(200))
                 .instance_rate(::core::primitive::f64::from(0.5))
@@ -552,9 +333,7 @@ mod tests {
                     .max_age(::core::time::Duration::from_millis(86400000u64))
                     .exhausted(::postbox_consumer::Exhausted::Halt)
                 )
-                .on_dead_letter(|letter| ::std::boxed::Box::pin(async move {
-                    ::postbox_consumer::IntoOutcome::into_outcome(support::tell(letter).await)
-                }))
+                .on_dead_letter(support::tell)
                 .argument::<OrderPlaced>()
                 .call(|mut invocation| ::std::boxed::Box::pin(async move {
                     let argument_0 =

@@ -2,26 +2,43 @@
 
 use proc_macro2::TokenStream;
 use quote::{quote, quote_spanned};
-use syn::parse::Parser;
+use syn::ext::IdentExt;
+use syn::parse::{ParseStream, Parser};
 use syn::punctuated::Punctuated;
 use syn::spanned::Spanned;
-use syn::{Path, Token};
+use syn::{Ident, Path, Token};
+
+use crate::attribute;
 
 /// The `Vec`, or the error at what is no path.
 pub(crate) fn expand(input: TokenStream) -> syn::Result<TokenStream> {
-    let paths = Punctuated::<Path, Token![,]>::parse_terminated.parse2(input).map_err(|error| {
-        let mend = "handlers![] takes #[handler] functions by name: handlers![reserve_stock, mail::send_receipt]";
+    let (krate, paths) = read.parse2(input).map_err(|error| {
+        let mend =
+            "handlers![] takes #[handler] functions by name: handlers![reserve_stock, mail::send_receipt]";
         syn::Error::new(error.span(), mend)
     })?;
     if paths.is_empty() {
-        return Ok(quote!(
-            ::std::vec::Vec::<::postbox_consumer::HandlerDefinition>::new()
-        ));
+        let none = quote!(::std::vec::Vec::<::postbox_consumer::HandlerDefinition>::new());
+        return Ok(attribute::in_crate("postbox_consumer", krate.as_ref(), none));
     }
     let definitions = paths
         .iter()
         .map(|path| quote_spanned!(path.span()=> <#path as ::postbox_consumer::DefineHandler>::define()));
-    Ok(quote!(::std::vec![#(#definitions),*]))
+    let all = quote!(::std::vec![#(#definitions),*]);
+    Ok(attribute::in_crate("postbox_consumer", krate.as_ref(), all))
+}
+
+/// `crate = path;` first, if the crate has another path.
+fn read(input: ParseStream<'_>) -> syn::Result<(Option<Path>, Punctuated<Path, Token![,]>)> {
+    let krate = if input.peek(Token![crate]) && input.peek2(Token![=]) {
+        let option = input.call(Ident::parse_any)?;
+        let path = attribute::path(&option, "shop::reexports::postbox_consumer", input)?;
+        input.parse::<Token![;]>()?;
+        Some(path)
+    } else {
+        None
+    };
+    Ok((krate, Punctuated::parse_terminated(input)?))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use quote::{ToTokens, quote, quote_spanned};
 use syn::ext::IdentExt;
 use syn::parse::ParseStream;
 use syn::spanned::Spanned;
-use syn::{Attribute, Data, DataEnum, DeriveInput, Field, Fields, Ident, LitStr, Variant, parse_quote};
+use syn::{Attribute, Data, DataEnum, DeriveInput, Field, Fields, Ident, LitStr, Path, Variant, parse_quote};
 
 use crate::attribute;
 use crate::key::{Key, Owner};
@@ -16,14 +16,17 @@ use crate::serde;
 pub(crate) fn expand(input: TokenStream) -> syn::Result<TokenStream> {
     let input: DeriveInput = syn::parse2(input)?;
     refuse_lifetimes(&input)?;
-    match &input.data {
+    let expansion = match &input.data {
         Data::Struct(data) => expand_struct(&input, &data.fields),
         Data::Enum(data) => expand_enum(&input, data),
         Data::Union(data) => Err(syn::Error::new(
             data.union_token.span,
             "a message is a struct or an enum, not a union",
         )),
-    }
+    }?;
+    let known = ["topic", "type", "key", "crate"];
+    let krate = Options::read(&input.attrs, "#[message]", &known)?.krate;
+    Ok(attribute::in_crate("postbox", krate.as_ref(), expansion))
 }
 
 /// What `#[message(…)]` says on one struct, enum or variant.
@@ -32,6 +35,7 @@ struct Options {
     topic: Option<LitStr>,
     message_type: Option<LitStr>,
     key: Option<Key>,
+    krate: Option<Path>,
 }
 
 impl Options {
@@ -54,6 +58,9 @@ impl Options {
                 match name {
                     "topic" => options.topic = Some(attribute::name(option, "orders", input)?),
                     "type" => options.message_type = Some(attribute::name(option, "order.placed", input)?),
+                    "crate" => {
+                        options.krate = Some(attribute::path(option, "shop::reexports::postbox", input)?)
+                    }
                     _ => options.key = Some(Key::read(option, input)?),
                 }
                 Ok(())
@@ -81,7 +88,7 @@ impl Options {
 }
 
 fn expand_struct(input: &DeriveInput, fields: &Fields) -> syn::Result<TokenStream> {
-    let options = Options::read(&input.attrs, "#[message]", &["topic", "type", "key"])?;
+    let options = Options::read(&input.attrs, "#[message]", &["topic", "type", "key", "crate"])?;
     refuse_field_options(fields)?;
     let ident = &input.ident;
     let topic = options.topic(ident)?.clone();
@@ -133,7 +140,7 @@ fn expand_enum(input: &DeriveInput, data: &DataEnum) -> syn::Result<TokenStream>
     let options = Options::read(
         &input.attrs,
         "#[message] on an enum (`type` goes on its variants)",
-        &["topic", "key"],
+        &["topic", "key", "crate"],
     )?;
     let topic = options.topic(ident)?.clone();
 

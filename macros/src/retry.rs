@@ -3,12 +3,18 @@
 use proc_macro2::TokenStream;
 use quote::quote;
 use syn::parse::ParseStream;
-use syn::{Expr, Ident, parenthesized};
+use syn::{Expr, ExprPath, Ident, parenthesized};
 
 use crate::attribute;
 use crate::duration::Interval;
 
-const KNOWN: &[&str] = &["max_attempts", "max_age", "backoff", "exhausted"];
+const KNOWN: &[&str] = &[
+    "max_attempts",
+    "max_age",
+    "backoff",
+    "exhausted",
+    "dead_letter_on",
+];
 
 /// How a failed message is tried again, and what becomes of it in the end.
 #[derive(Default)]
@@ -17,6 +23,7 @@ pub(crate) struct Retry {
     max_attempts: Option<Expr>,
     max_age: Option<Interval>,
     exhausted: Option<TokenStream>,
+    dead_letter_on: Option<ExprPath>,
 }
 
 impl Retry {
@@ -40,11 +47,17 @@ impl Retry {
                     let choices = [("skip", quote!(Skip)), ("halt", quote!(Halt))];
                     retry.exhausted = Some(attribute::choice(option, &choices, input)?);
                 }
+                "dead_letter_on" => retry.dead_letter_on = Some(read_predicate(option, input)?),
                 _ => retry.backoff = Some(Backoff::read(option, input)?),
             }
             Ok(())
         })?;
         Ok(retry)
+    }
+
+    /// The function that says of an error that trying again cannot help.
+    pub(crate) fn dead_letter_on(&self) -> Option<&ExprPath> {
+        self.dead_letter_on.as_ref()
     }
 
     /// The expression that makes it.
@@ -62,6 +75,18 @@ impl Retry {
                 #(.max_age(#max_age))*
                 #(.exhausted(::postbox_consumer::Exhausted::#exhausted))*
         }
+    }
+}
+
+fn read_predicate(option: &Ident, input: ParseStream<'_>) -> syn::Result<ExprPath> {
+    let mend = || {
+        format!(
+            "`{option}` takes the name of a function of the handler's error: {option} = PayError::is_permanent"
+        )
+    };
+    match attribute::value(option, mend, input)? {
+        Expr::Path(path) => Ok(path),
+        other => Err(syn::Error::new_spanned(other, mend())),
     }
 }
 

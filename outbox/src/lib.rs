@@ -27,24 +27,32 @@ pub mod cron;
 mod error;
 mod headers;
 mod id;
+mod instant;
+mod json;
 pub mod log;
 mod message;
 mod outgoing;
+mod position;
 mod publish;
+mod rules;
 mod schema;
+mod transaction;
 
 pub use error::{Error, Result};
 pub use headers::Headers;
 pub use id::{MessageId, Offset};
+#[doc(hidden)]
+pub use instant::{MaybeTimestamptz, Timestamptz};
+#[doc(hidden)]
+pub use json::{Json as StoredJson, MaybeJson};
 pub use message::{DecodeError, EncodeError, JSON, Message};
-pub use outgoing::{
-    DEFAULT_DEDUP_WINDOW, DEFAULT_PAYLOAD_LIMIT, MAX_HEADER_NAME, MAX_HEADERS, MAX_KEY, MAX_NAME, Outgoing,
-    is_name, message, set_payload_limit,
-};
+pub use outgoing::{DEFAULT_DEDUP_WINDOW, DEFAULT_PAYLOAD_LIMIT, Outgoing, message, set_payload_limit};
+pub use position::Position;
 #[cfg(feature = "derive")]
 pub use postbox_macros::Message;
-pub use publish::Publish;
-pub use schema::{SCHEMA_VERSION, check_schema, migrate, schema_fingerprint};
+pub use publish::{InTransaction, Publish};
+pub use rules::{MAX_HEADER_NAME, MAX_HEADERS, MAX_KEY, MAX_NAME, is_name};
+pub use schema::{Migrated, SCHEMA_VERSION, check_schema, migrate, schema_fingerprint};
 
 /// What the derive macro expands to; not for use by hand.
 #[doc(hidden)]

@@ -7,15 +7,20 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt;
-use serde_json::Value;
+use futures_util::stream::BoxStream;
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::headers::Headers;
 pub use crate::id::Xid;
 use crate::id::{MessageId, Offset};
+use crate::instant::{MaybeTimestamptz, Timestamptz};
+use crate::json::Json;
+use crate::rules;
+
+mod isolation;
 
 /// Most messages in one segment.
 pub const SEGMENT: i64 = 1024;
@@ -114,6 +119,28 @@ pub struct StoredMessage {
     pub published_at: DateTime<Utc>,
     /// From then on it is not to be handled; `None`: it does not expire.
     pub expires_at: Option<DateTime<Utc>>,
+    /// Why its row cannot be read, or which rule it breaks; then only id, place and times say something, and it must not run.
+    pub unreadable: Option<Box<str>>,
+}
+
+impl StoredMessage {
+    /// One of which nothing is known but where it is.
+    fn unread(id: MessageId, offset: Offset, seq: i64, key_hash: Option<i32>, reason: String) -> Self {
+        Self {
+            id,
+            offset,
+            seq,
+            message_type: None,
+            key: None,
+            key_hash,
+            headers: None,
+            content_type: None,
+            payload: Box::default(),
+            published_at: DateTime::UNIX_EPOCH,
+            expires_at: None,
+            unreadable: Some(reason.into()),
+        }
+    }
 }
 
 /// From the last segment that begins at or before `from`: under light load segments are small, so `base > from - 1024` would look at many.
@@ -123,6 +150,10 @@ const SEGMENTS: &str = "SELECT base, slot, bytes, xids, seqs, keys FROM postbox.
      ORDER BY base LIMIT $3";
 
 /// The segments of a topic from the one that contains `from`, at most `limit`, in order.
+///
+/// # Errors
+///
+/// The database's.
 pub async fn segments(
     connection: &mut PgConnection,
     topic: &str,
@@ -137,19 +168,33 @@ pub async fn segments(
         .await?;
     rows.iter()
         .map(|row| {
-            Ok(Segment {
+            let segment = Segment {
                 base: row.try_get(0)?,
                 slot: row.try_get(1)?,
                 bytes: row.try_get(2)?,
                 xids: row.try_get_unchecked(3)?,
                 seqs: row.try_get(4)?,
                 keys: row.try_get(5)?,
-            })
+            };
+            let count = segment.seqs.len();
+            let is_whole =
+                segment.xids.len() == count && segment.keys.as_ref().is_none_or(|keys| keys.len() == count);
+            match is_whole {
+                true => Ok(segment),
+                false => Err(Error::DamagedSegment {
+                    topic: topic.to_owned(),
+                    base: segment.base,
+                }),
+            }
         })
         .collect()
 }
 
 /// The offset that the topic's next message gets: the number of messages sequenced so far.
+///
+/// # Errors
+///
+/// The database's.
 pub async fn next_offset(connection: &mut PgConnection, topic: &str) -> Result<Offset> {
     let next = sqlx::query_scalar("SELECT postbox.next_offset($1)")
         .bind(topic)
@@ -178,7 +223,7 @@ pub fn messages_of(segment: &Segment, rows: &[PgRow], first: usize) -> Result<Op
             offset,
             segment.key_hash(offset),
             &mut types,
-        )?);
+        ));
     }
     messages.sort_unstable_by_key(|message| message.offset);
     Ok((messages.len() == segment.seqs.len()).then_some(messages))
@@ -188,6 +233,10 @@ pub fn messages_of(segment: &Segment, rows: &[PgRow], first: usize) -> Result<Op
 /// the message is not wanted (`wanted` is asked with the offset and the hash of the key) or its row is gone.
 ///
 /// Where the wanted rows are dense in the index they are read as one range, else by address.
+///
+/// # Errors
+///
+/// The database's. A row that breaks a rule, or that the server cannot read, is no error: it comes with [`StoredMessage::unreadable`].
 pub async fn messages(
     connection: &mut PgConnection,
     topic: &str,
@@ -212,7 +261,17 @@ pub async fn messages(
     let mut found = Vec::with_capacity((to.get() - from.get()).max(0) as usize);
     let mut types = Types::default();
     for request in requests {
-        request.fetch(connection, topic, &mut types, &mut found).await?;
+        let start = found.len();
+        found.resize_with(start + request.len(), || None);
+        let read = request
+            .fetch(connection, topic, &mut types, &mut found[start..])
+            .await;
+        match read {
+            Err(Error::Database(error)) if isolation::is_of_a_row(&error) => {
+                isolation::one_by_one(connection, topic, &request, &mut types, &mut found[start..]).await?;
+            }
+            read => read?,
+        }
     }
     Ok(found)
 }
@@ -228,17 +287,21 @@ struct Request {
     slot: i16,
     from: i64,
     to: i64,
-    entries: Vec<(Address, Offset, Option<i32>)>,
+    entries: Vec<Wanted>,
 }
 
-/// The topic is in the condition because a range of addresses holds other topics' rows too.
+/// Where a message is, its offset and the hash of its key.
+type Wanted = (Address, Offset, Option<i32>);
+
+/// The topic is in the condition because a range of addresses holds other topics' rows too. By address it is there so that no index, whatever it
+/// says, gives one topic's messages as another's.
 const RANGE: &str = "SELECT seq, id, type, key, headers, content_type, payload, published_at, expires_at \
      FROM postbox.outbox WHERE slot = $1 AND xid BETWEEN $2 AND $3 AND seq BETWEEN $4 AND $5 AND topic = $6";
 
 const BY_ADDRESS: &str = "SELECT o.seq, o.id, o.type, o.key, o.headers, o.content_type, o.payload, o.published_at, \
          o.expires_at \
      FROM unnest($2::xid8[], $3::bigint[]) AS a (xid, seq) \
-     JOIN postbox.outbox o ON o.xid = a.xid AND o.seq = a.seq WHERE o.slot = $1";
+     JOIN postbox.outbox o ON o.xid = a.xid AND o.seq = a.seq WHERE o.slot = $1 AND o.topic = $4";
 
 impl Request {
     fn new(slot: i16, from: i64) -> Self {
@@ -262,12 +325,63 @@ impl Request {
         }
     }
 
+    /// How many offsets it is for, wanted or not.
+    fn len(&self) -> usize {
+        (self.to - self.from) as usize
+    }
+
     async fn fetch(
-        self,
+        &self,
         connection: &mut PgConnection,
         topic: &str,
         types: &mut Types,
-        found: &mut Vec<Option<StoredMessage>>,
+        found: &mut [Option<StoredMessage>],
+    ) -> Result<()> {
+        match self.dense_range() {
+            Some((low, high)) => {
+                let query = sqlx::query(RANGE)
+                    .bind(self.slot)
+                    .bind(low.xid)
+                    .bind(high.xid)
+                    .bind(low.seq)
+                    .bind(high.seq)
+                    .bind(topic);
+                self.take(query.fetch(connection), types, found).await
+            }
+            None => {
+                self.fetch_some(connection, topic, &self.entries, types, found)
+                    .await
+            }
+        }
+    }
+
+    /// By address, some of its entries.
+    async fn fetch_some(
+        &self,
+        connection: &mut PgConnection,
+        topic: &str,
+        entries: &[Wanted],
+        types: &mut Types,
+        found: &mut [Option<StoredMessage>],
+    ) -> Result<()> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let (xids, seqs): (Vec<Xid>, Vec<i64>) = entries.iter().map(|e| (e.0.xid, e.0.seq)).unzip();
+        let query = sqlx::query(BY_ADDRESS)
+            .bind(self.slot)
+            .bind(xids)
+            .bind(seqs)
+            .bind(topic);
+        self.take(query.fetch(connection), types, found).await
+    }
+
+    /// Each is decoded and let go of at once, while it is in the processor's cache.
+    async fn take(
+        &self,
+        mut rows: BoxStream<'_, sqlx::Result<PgRow>>,
+        types: &mut Types,
+        found: &mut [Option<StoredMessage>],
     ) -> Result<()> {
         // seq is unique, so it alone says which entry a row is for.
         let mut places: Vec<(i64, usize)> = self
@@ -277,33 +391,12 @@ impl Request {
             .map(|(n, e)| (e.0.seq, n))
             .collect();
         places.sort_unstable();
-        let start = found.len();
-        found.resize_with(start + (self.to - self.from) as usize, || None);
-        if self.entries.is_empty() {
-            return Ok(());
-        }
-        let query = match self.dense_range() {
-            Some((low, high)) => sqlx::query(RANGE)
-                .bind(self.slot)
-                .bind(low.xid)
-                .bind(high.xid)
-                .bind(low.seq)
-                .bind(high.seq)
-                .bind(topic),
-            None => {
-                let (xids, seqs): (Vec<Xid>, Vec<i64>) =
-                    self.entries.iter().map(|e| (e.0.xid, e.0.seq)).unzip();
-                sqlx::query(BY_ADDRESS).bind(self.slot).bind(xids).bind(seqs)
-            }
-        };
-        // Each is decoded and let go of at once, while it is in the processor's cache.
-        let mut rows = query.fetch(connection);
         while let Some(row) = rows.try_next().await? {
             let seq: i64 = row.try_get_unchecked(0)?;
             if let Ok(place) = places.binary_search_by_key(&seq, |place| place.0) {
                 let (_, offset, key_hash) = self.entries[places[place].1];
-                let n = start + (offset.get() - self.from) as usize;
-                found[n] = Some(decode(&row, 0, seq, offset, key_hash, types)?);
+                let n = (offset.get() - self.from) as usize;
+                found[n] = Some(decode(&row, 0, seq, offset, key_hash, types));
             }
         }
         Ok(())
@@ -330,6 +423,7 @@ impl Request {
     }
 }
 
+/// Never an error: a row that cannot be read is that message's failure, not its neighbours'.
 fn decode(
     row: &PgRow,
     first: usize,
@@ -337,26 +431,43 @@ fn decode(
     offset: Offset,
     key_hash: Option<i32>,
     types: &mut Types,
+) -> StoredMessage {
+    read(row, first, seq, offset, key_hash, types).unwrap_or_else(|error| {
+        let id = row.try_get_unchecked::<Uuid, _>(first + 1).unwrap_or_default();
+        StoredMessage::unread(MessageId::from(id), offset, seq, key_hash, error.to_string())
+    })
+}
+
+fn read(
+    row: &PgRow,
+    first: usize,
+    seq: i64,
+    offset: Offset,
+    key_hash: Option<i32>,
+    types: &mut Types,
 ) -> Result<StoredMessage> {
-    let headers: Option<sqlx::types::Json<Value>> = row.try_get_unchecked(first + 4)?;
+    let message_type = match row.try_get_unchecked::<Option<&str>, _>(first + 2)? {
+        Some(name) => Some(types.intern(name)?),
+        None => None,
+    };
+    let key: Option<&str> = row.try_get_unchecked(first + 3)?;
+    let json: Option<Json<'_>> = row.try_get_unchecked(first + 4)?;
+    let headers = json.as_ref().map(|json| Box::new(Headers::from_stored(json.0)));
+    let content_type: Option<&str> = row.try_get_unchecked(first + 5)?;
+    rules::broken_by(key, headers.as_deref().zip(json.map(|json| json.0)), content_type)?;
     Ok(StoredMessage {
         id: MessageId::from(row.try_get_unchecked::<Uuid, _>(first + 1)?),
         offset,
         seq,
-        message_type: row
-            .try_get_unchecked::<Option<&str>, _>(first + 2)?
-            .map(|name| types.intern(name)),
-        key: row
-            .try_get_unchecked::<Option<&str>, _>(first + 3)?
-            .map(Box::from),
+        message_type,
+        key: key.map(Box::from),
         key_hash,
-        headers: headers.map(|object| Box::new(Headers::from_json(object.0))),
-        content_type: row
-            .try_get_unchecked::<Option<&str>, _>(first + 5)?
-            .map(Box::from),
+        headers,
+        content_type: content_type.map(Box::from),
         payload: row.try_get_unchecked::<&[u8], _>(first + 6)?.into(),
-        published_at: row.try_get_unchecked(first + 7)?,
-        expires_at: row.try_get_unchecked(first + 8)?,
+        published_at: row.try_get_unchecked::<Timestamptz, _>(first + 7)?.0,
+        expires_at: row.try_get_unchecked::<MaybeTimestamptz, _>(first + 8)?.0,
+        unreadable: None,
     })
 }
 
@@ -366,14 +477,15 @@ struct Types(Vec<Arc<str>>);
 
 impl Types {
     /// Types are few and come in runs, so the newest is looked at first.
-    fn intern(&mut self, name: &str) -> Arc<str> {
+    fn intern(&mut self, name: &str) -> Result<Arc<str>> {
         if let Some(known) = self.0.iter().rev().find(|known| known.as_ref() == name) {
-            return known.clone();
+            return Ok(known.clone());
         }
+        rules::check_type(name)?;
         let name: Arc<str> = name.into();
         if self.0.len() < 64 {
             self.0.push(name.clone());
         }
-        name
+        Ok(name)
     }
 }

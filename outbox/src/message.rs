@@ -56,9 +56,17 @@ pub trait Message: Sized {
     }
 
     /// The payload as it is stored.
+    ///
+    /// # Errors
+    ///
+    /// What keeps the value from being written in its format.
     fn encode(&self) -> Result<Vec<u8>, EncodeError>;
 
     /// The value back from a stored payload of the given type.
+    ///
+    /// # Errors
+    ///
+    /// The payload is not of the type's form, or the type is none of its types.
     fn decode(message_type: &str, payload: &[u8]) -> Result<Self, DecodeError>;
 }
 

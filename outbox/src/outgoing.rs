@@ -10,15 +10,8 @@ use crate::error::{Error, Result};
 use crate::headers::Headers;
 use crate::id::MessageId;
 use crate::message::{EncodeError, JSON, Message};
+use crate::rules::{self, MAX_KEY, is_name};
 
-/// Longest topic and message type, in characters.
-pub const MAX_NAME: usize = 255;
-/// Longest key and deduplication key, in bytes.
-pub const MAX_KEY: usize = 1024;
-/// Largest headers, in bytes of their JSON.
-pub const MAX_HEADERS: usize = 16 * 1024;
-/// Longest header name, in characters.
-pub const MAX_HEADER_NAME: usize = 128;
 /// Largest payload in bytes unless [`set_payload_limit`] says otherwise.
 pub const DEFAULT_PAYLOAD_LIMIT: usize = 1024 * 1024;
 /// For how long a deduplication key is remembered unless [`Outgoing::dedup_window`] says otherwise.
@@ -61,7 +54,8 @@ pub struct Outgoing {
     pub(crate) headers: Headers,
     pub(crate) content_type: Cow<'static, str>,
     pub(crate) payload: Result<Vec<u8>, EncodeError>,
-    pub(crate) dedup: Option<Dedup>,
+    dedup_key: Option<String>,
+    dedup_window: Option<Duration>,
     pub(crate) ordered: bool,
     pub(crate) due: Option<When>,
     pub(crate) expiry: Option<When>,
@@ -128,7 +122,8 @@ impl Outgoing {
             headers: Headers::new(),
             content_type,
             payload,
-            dedup: None,
+            dedup_key: None,
+            dedup_window: None,
             ordered: false,
             due: None,
             expiry: None,
@@ -194,19 +189,13 @@ impl Outgoing {
     /// Two transactions that publish with one key at the same time wait for each other. Costs one more row; the key
     /// is forgotten if the transaction rolls back.
     pub fn dedup_key(mut self, key: impl Into<String>) -> Self {
-        let window = self.dedup.map_or(DEFAULT_DEDUP_WINDOW, |dedup| dedup.window);
-        self.dedup = Some(Dedup {
-            key: key.into(),
-            window,
-        });
+        self.dedup_key = Some(key.into());
         self
     }
 
-    /// For how long the deduplication key is remembered; no effect without [`dedup_key`](Self::dedup_key).
+    /// For how long the deduplication key is remembered: more than zero, at most 10 years. It needs a [`dedup_key`](Self::dedup_key).
     pub fn dedup_window(mut self, window: Duration) -> Self {
-        if let Some(dedup) = &mut self.dedup {
-            dedup.window = window;
-        }
+        self.dedup_window = Some(window);
         self
     }
 
@@ -214,8 +203,8 @@ impl Outgoing {
     /// that publish to one key, the one whose message comes first also commits first.
     ///
     /// Needed only where concurrent transactions on one key do not already wait for each other on a row (an `UPDATE` of the
-    /// entity, say). It makes transactions on one key run one after another from here on, and costs one advisory lock. Publishing to
-    /// several keys in different orders can deadlock, which PostgreSQL resolves by failing one transaction;
+    /// entity, say). It makes transactions on one key run one after another from here on, and costs two advisory locks. A transaction that does it
+    /// with more than 64 keys waits for some others too, since it locks keys by the bucket, of which there are 128. Publishing to several keys in different orders can deadlock, which PostgreSQL resolves by failing one transaction;
     /// [`publish_all`](crate::Publish::publish_all) takes the locks of a batch in one order.
     pub fn ordered(mut self) -> Self {
         self.ordered = true;
@@ -257,20 +246,24 @@ impl Outgoing {
         if !is_name(&self.topic) {
             return Err(Error::InvalidTopic(self.topic.into_owned()));
         }
-        if let Some(message_type) = self.message_type.as_deref().filter(|name| !is_name(name)) {
-            return Err(Error::InvalidType(message_type.to_owned()));
+        if let Some(message_type) = self.message_type.as_deref() {
+            rules::check_type(message_type)?;
         }
         if let Some(key) = &self.key {
-            if key.len() > MAX_KEY {
-                return Err(Error::KeyTooLong(key.len()));
-            }
+            rules::check_key(key)?;
             refuse_nul("key", key)?;
         }
         let headers = self.check_headers()?;
-        if !is_content_type(&self.content_type) {
-            return Err(Error::InvalidContentType(self.content_type.into_owned()));
-        }
-        if let Some(dedup) = &self.dedup {
+        rules::check_content_type(&self.content_type)?;
+        let dedup = match (self.dedup_key, self.dedup_window) {
+            (Some(key), window) => Some(Dedup {
+                key,
+                window: window.unwrap_or(DEFAULT_DEDUP_WINDOW),
+            }),
+            (None, Some(_)) => return Err(Error::DedupWindowWithoutKey),
+            (None, None) => None,
+        };
+        if let Some(dedup) = &dedup {
             if !(1..=MAX_KEY).contains(&dedup.key.len()) {
                 return Err(Error::InvalidDedupKey(dedup.key.len()));
             }
@@ -302,7 +295,7 @@ impl Outgoing {
             headers,
             content_type: (self.content_type != JSON).then_some(self.content_type),
             payload,
-            dedup: self.dedup,
+            dedup,
             ordered: self.ordered,
             due: self.due,
             expiry: self.expiry,
@@ -314,17 +307,12 @@ impl Outgoing {
             return Ok(None);
         }
         for (name, value) in self.headers.iter() {
-            if !is_header_name(name) {
-                return Err(Error::InvalidHeaderName(name.to_owned()));
-            }
+            rules::check_header_name(name)?;
             refuse_nul("headers", value)?;
         }
         let json = serde_json::to_value(&self.headers).map_err(EncodeError::new)?;
         // PostgreSQL's text of a jsonb object has a space after each comma and colon.
-        let size = json.to_string().len() + 2 * self.headers.len() - 1;
-        if size > MAX_HEADERS {
-            return Err(Error::HeadersTooLarge(size));
-        }
+        rules::check_headers_size(json.to_string().len() + 2 * self.headers.len() - 1)?;
         Ok(Some(json))
     }
 }
@@ -345,26 +333,6 @@ pub(crate) struct Valid {
     pub(crate) expiry: Option<When>,
 }
 
-/// Whether a text may name a topic, a message type or a consumer group.
-pub fn is_name(text: &str) -> bool {
-    (1..=MAX_NAME).contains(&text.len())
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"._-:/".contains(&byte))
-}
-
-fn is_header_name(name: &str) -> bool {
-    (1..=MAX_HEADER_NAME).contains(&name.len())
-        && name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
-        && !name.starts_with("postbox-")
-}
-
-fn is_content_type(text: &str) -> bool {
-    (1..=MAX_NAME).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ')
-}
-
 fn refuse_nul(field: &'static str, text: &str) -> Result<()> {
     if text.contains('\0') {
         Err(Error::NulCharacter { field })
@@ -376,6 +344,7 @@ fn refuse_nul(field: &'static str, text: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::MAX_HEADERS;
 
     fn refused(outgoing: Outgoing) -> String {
         outgoing.validate().expect_err("it is refused").to_string()

@@ -1,5 +1,7 @@
 //! What `derive(Message)` expands to. Hidden and without a promise: only the derive of the same version uses it.
 
+pub use crate::publish::OpenTransaction;
+pub use crate::transaction::{Transaction, begin_on};
 use std::borrow::Cow;
 use std::fmt::Display;
 

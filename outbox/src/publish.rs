@@ -30,33 +30,41 @@ use crate::outgoing::{DEFAULT_DEDUP_WINDOW, Outgoing, Valid, When};
 /// Publishing is one append. It never waits for a dispatcher, a consumer or another publisher, except where
 /// [`ordered`](Outgoing::ordered) or [`dedup_key`](Outgoing::dedup_key) ask for it.
 ///
-/// **Errors.** Bad input is refused before the database sees it ([`Error`] names the field and the limit), and the transaction
+/// # Errors
+///
+/// Bad input is refused before the database sees it ([`Error`] names the field and the limit), and the transaction
 /// stays usable. After [`Error::Database`] it is for the caller to roll back, as after any failed statement.
 ///
-/// **Cancellation.** Dropping the future leaves the transaction as sqlx leaves it when any query is dropped: the statement
+/// # Cancellation safety
+///
+/// Dropping the future leaves the transaction as sqlx leaves it when any query is dropped: the statement
 /// may or may not have run, so roll back.
-pub trait Publish: Send {
-    /// The connection that the transaction is open on.
-    #[doc(hidden)]
-    fn transaction(&mut self) -> &mut PgConnection;
-
+pub trait Publish: OpenTransaction {
     /// Publishes one message; returns its id. One round trip.
+    ///
+    /// # Errors
+    ///
+    /// A message that is refused, which leaves the transaction usable; else [`Error::Database`].
     fn publish(&mut self, message: impl Into<Outgoing>) -> impl Future<Output = Result<MessageId>> + Send {
         let valid = message.into().validate();
-        async move { publish_one(self.transaction(), valid?).await }
+        async move { publish_one(self.connection(), valid?).await }
     }
 
     /// Publishes a batch in its order; returns the ids in the same order. One round trip for up to 10,000 messages and
     /// 32 MiB, then one for each further so many.
     ///
     /// All are checked first: if one is refused ([`Error::InBatch`] says which), none is published.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InBatch`], which leaves the transaction usable; else [`Error::Database`].
     fn publish_all<I>(&mut self, messages: I) -> impl Future<Output = Result<Vec<MessageId>>> + Send
     where
         I: IntoIterator,
         I::Item: Into<Outgoing>,
     {
         let valid = validate_all(messages);
-        async move { publish_batch(self.transaction(), valid?).await }
+        async move { publish_batch(self.connection(), valid?).await }
     }
 
     /// Cancels a message that was published with [`deliver_at`](Outgoing::deliver_at) or [`delay`](Outgoing::delay) and is not yet due; takes
@@ -64,11 +72,15 @@ pub trait Publish: Send {
     ///
     /// `true`: it was still pending, and if the transaction commits it will not be delivered. `false`: it was delivered, or cancelled, or
     /// never scheduled. If it is being delivered or changed by another transaction just now, this waits for that and then knows.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Database`].
     fn cancel(&mut self, id: MessageId) -> impl Future<Output = Result<bool>> + Send {
         async move {
             Ok(sqlx::query_scalar(CANCEL)
                 .bind(id.as_uuid())
-                .fetch_one(self.transaction())
+                .fetch_one(self.connection())
                 .await?)
         }
     }
@@ -76,6 +88,10 @@ pub trait Publish: Send {
     /// Moves a scheduled message that is not yet due to another instant; one in the past means now. It answers as [`cancel`](Self::cancel) does.
     ///
     /// The message keeps its id and its expiry; among those that are due at the same instant it is the last.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Database`].
     fn reschedule(
         &mut self,
         id: MessageId,
@@ -85,31 +101,83 @@ pub trait Publish: Send {
             Ok(sqlx::query_scalar(RESCHEDULE)
                 .bind(id.as_uuid())
                 .bind(storable(instant))
-                .fetch_one(self.transaction())
+                .fetch_one(self.connection())
                 .await?)
         }
     }
 }
 
-impl Publish for Transaction<'_, Postgres> {
-    fn transaction(&mut self) -> &mut PgConnection {
+/// What [`Publish`] is for: implemented by what has a transaction open, and by nobody else.
+pub trait OpenTransaction: Send {
+    /// The connection that the transaction is open on.
+    fn connection(&mut self) -> &mut PgConnection;
+}
+
+impl<T: OpenTransaction> Publish for T {}
+
+impl OpenTransaction for Transaction<'_, Postgres> {
+    fn connection(&mut self) -> &mut PgConnection {
         self
     }
 }
 
-/// The plain path: what any SQL client can write by hand.
+/// A connection on which a transaction is open, begun by whatever means: what publishes where there is a `&mut PgConnection` and no
+/// [`Transaction`].
+///
+/// ```no_run
+/// use postbox::{InTransaction, Outgoing, Publish};
+///
+/// # async fn example(connection: &mut sqlx::PgConnection) -> Result<(), Box<dyn std::error::Error>> {
+/// let mut tx = InTransaction::of(connection).await?;
+/// tx.publish(Outgoing::json("carts", &42)).await?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct InTransaction<'a>(&'a mut PgConnection);
+
+/// The server refuses it outside of a transaction, whoever began that and however. It leaves nothing behind.
+const IS_OPEN: &str = "SAVEPOINT postbox_is_open; RELEASE SAVEPOINT postbox_is_open";
+const NO_ACTIVE_TRANSACTION: &str = "25P01";
+
+impl<'a> InTransaction<'a> {
+    /// Asks the server whether a transaction is open, in one round trip. It must stay open for as long as this is used.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoTransaction`].
+    pub async fn of(connection: &'a mut PgConnection) -> Result<Self> {
+        match sqlx::raw_sql(IS_OPEN).execute(&mut *connection).await {
+            Ok(_) => Ok(Self(connection)),
+            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some(NO_ACTIVE_TRANSACTION) => {
+                Err(Error::NoTransaction)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl OpenTransaction for InTransaction<'_> {
+    fn connection(&mut self) -> &mut PgConnection {
+        self.0
+    }
+}
+
+/// The plain path: what any SQL client can write by hand. Here as in all that follows nothing is looked up in the publisher's search_path. (`unnest`
+/// of several arrays is PostgreSQL's own syntax, which has no other name.)
 const INSERT: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload) \
      VALUES ($1, $2, $3, $4, $5, $6, $7)";
 
 /// Rows take their seq in the order of the arrays, so a batch keeps its order. Several `unnest` in the select list go through the arrays as
 /// they are; in FROM, each would be put in a store of tuples first, which is a sixth of what a row costs. A shorter array goes on as nulls.
 const INSERT_BATCH: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload) \
-     SELECT unnest($1::uuid[]), unnest($2::text[]), unnest($3::text[]), unnest($4::text[]), unnest($5::jsonb[]), unnest($6::text[]), \
-         unnest($7::bytea[])";
+     SELECT pg_catalog.unnest($1::pg_catalog.uuid[]), pg_catalog.unnest($2::pg_catalog.text[]), pg_catalog.unnest($3::pg_catalog.text[]), \
+         pg_catalog.unnest($4::pg_catalog.text[]), pg_catalog.unnest($5::pg_catalog.jsonb[]), pg_catalog.unnest($6::pg_catalog.text[]), \
+         pg_catalog.unnest($7::pg_catalog.bytea[])";
 
 /// The same where all have one topic and type, as most batches do: these are sent and taken apart once, not for each row.
 const INSERT_BATCH_OF_ONE_TYPE: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers, content_type, payload) \
-     SELECT unnest($1::uuid[]), $2, $3, unnest($4::text[]), unnest($5::jsonb[]), unnest($6::text[]), unnest($7::bytea[])";
+     SELECT pg_catalog.unnest($1::pg_catalog.uuid[]), $2, $3, pg_catalog.unnest($4::pg_catalog.text[]), \
+         pg_catalog.unnest($5::pg_catalog.jsonb[]), pg_catalog.unnest($6::pg_catalog.text[]), pg_catalog.unnest($7::pg_catalog.bytea[])";
 
 const CANCEL: &str = "SELECT postbox.cancel($1)";
 const RESCHEDULE: &str = "SELECT postbox.reschedule($1, $2)";
@@ -119,15 +187,17 @@ const PUBLISH_EACH: &str = "SELECT postbox.publish_bytes(id => m.id, topic => m.
          headers => m.headers, content_type => coalesce(m.content_type, 'application/json'), payload => m.payload, \
          dedup_key => m.dedup_key, dedup_window => m.dedup_window, deliver_at => m.deliver_at, delay => m.delay, \
          expires_at => m.expires_at, expires_in => m.expires_in) \
-     FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::text[], $7::bytea[], $8::text[], \
-         $9::interval[], $10::timestamptz[], $11::interval[], $12::timestamptz[], $13::interval[]) WITH ORDINALITY \
+     FROM unnest($1::pg_catalog.uuid[], $2::pg_catalog.text[], $3::pg_catalog.text[], $4::pg_catalog.text[], \
+         $5::pg_catalog.jsonb[], $6::pg_catalog.text[], $7::pg_catalog.bytea[], $8::pg_catalog.text[], $9::interval[], \
+         $10::pg_catalog.timestamptz[], $11::interval[], $12::pg_catalog.timestamptz[], $13::interval[]) WITH ORDINALITY \
          AS m (id, topic, type, key, headers, content_type, payload, dedup_key, dedup_window, deliver_at, delay, expires_at, \
          expires_in, n) \
      ORDER BY m.n";
 
 /// In the order of the locks, so that two batches cannot deadlock on them. (Not of the keys: different ones may share a lock.)
-const LOCK_KEYS: &str = "SELECT postbox.order_lock(k.topic, k.key) \
-     FROM (SELECT * FROM unnest($1::text[], $2::text[]) AS u (topic, key) ORDER BY postbox.order_hash(u.topic, u.key)) k";
+const LOCK_KEYS: &str = "SELECT postbox.order_lock(k.topic, k.key, k.keys OPERATOR(pg_catalog.>) 64) \
+     FROM (SELECT u.topic, u.key, pg_catalog.count(*) OVER () AS keys FROM unnest($1::pg_catalog.text[], $2::pg_catalog.text[]) AS u (topic, key) \
+         ORDER BY postbox.order_hash(u.topic, u.key) OPERATOR(pg_catalog.&) 127, postbox.order_hash(u.topic, u.key)) k";
 
 const BATCH_ROWS: usize = 10_000;
 const BATCH_BYTES: usize = 32 * 1024 * 1024;

@@ -67,12 +67,12 @@ async fn asleep(pool: &PgPool) -> i32 {
 }
 
 /// Hears of new segments as a consumer that sleeps does, without asking the database all the time.
-struct Ear {
+struct Listener {
     listener: PgListener,
     _pool: PgPool,
 }
 
-impl Ear {
+impl Listener {
     async fn new(db: &TestDatabase) -> Self {
         let pool = db.connect_pool(1);
         let mut listener = PgListener::connect_with(&pool).await.expect("a listener");
@@ -138,18 +138,18 @@ async fn rounds(db: Arc<TestDatabase>, seed: u64, rounds: usize) -> Vec<Duration
         .start()
         .await
         .expect("it works");
-    let mut ear = Ear::new(&db).await;
+    let mut listener = Listener::new(&db).await;
     let mut connection = db.connect().await.expect("it works");
     let mut dice = Dice::new(seed);
     let mut took = Vec::new();
     let mut n: i64 = 0;
     for _ in 0..rounds {
-        // A rush wakes it; messages that come one at a time do not.
-        let mut rush = 0;
-        while sleeper(db.pool()).await.is_ok() && rush < 160 {
-            publish(db.pool(), "rush").await.expect("published");
-            (n, rush) = (n + 1, rush + 1);
-            ear.hears_of(n).await;
+        // A burst wakes it; messages that come one at a time do not.
+        let mut burst = 0;
+        while sleeper(db.pool()).await.is_ok() && burst < 160 {
+            publish(db.pool(), "burst").await.expect("published");
+            (n, burst) = (n + 1, burst + 1);
+            listener.hears_of(n).await;
         }
         // Its last poll is about 60 ms after the last message, so half of the rounds are about then.
         let pause = if dice.below(2) == 0 {
@@ -168,7 +168,7 @@ async fn rounds(db: Arc<TestDatabase>, seed: u64, rounds: usize) -> Vec<Duration
         stalls.longest_since_asked();
         tx.commit().await.expect("it works");
         let committed = Instant::now();
-        ear.hears_of(n).await;
+        listener.hears_of(n).await;
         took.push(committed.elapsed().saturating_sub(stalls.longest_since_asked()));
     }
     dispatcher.shutdown().await;
@@ -211,14 +211,14 @@ async fn no_message_waits_for_the_poll_whenever_it_is_published() {
 async fn a_message_wakes_a_dispatcher_that_has_long_been_asleep() {
     let db = TestDatabase::new().await.unwrap();
     let dispatcher = Dispatcher::new(db.connect_pool(2)).start().await.unwrap();
-    let mut ear = Ear::new(&db).await;
+    let mut listener = Listener::new(&db).await;
     let mut bell = PgListener::connect_with(&db.connect_pool(1)).await.unwrap();
     bell.listen("postbox_outbox").await.unwrap();
     for n in 1..=5 {
         asleep(db.pool()).await;
         publish(db.pool(), "x").await.unwrap();
         let committed = Instant::now();
-        ear.hears_of(n).await;
+        listener.hears_of(n).await;
         assert!(committed.elapsed() < PROMPT, "{:?}", committed.elapsed());
         let rang = tokio::time::timeout(SOON, bell.recv()).await;
         rang.expect("it rang").expect("a notification");
@@ -227,7 +227,7 @@ async fn a_message_wakes_a_dispatcher_that_has_long_been_asleep() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_a_rush_publishers_do_not_ring() {
+async fn in_a_burst_publishers_do_not_ring() {
     const EACH: i64 = 1_000;
     let db = Arc::new(TestDatabase::new().await.unwrap());
     let dispatcher = Dispatcher::new(db.connect_pool(2)).start().await.unwrap();
@@ -262,7 +262,7 @@ async fn in_a_rush_publishers_do_not_ring() {
     }
     println!("{rings} rings for {} messages", 4 * EACH);
     assert!(rings > 0, "the first woke it");
-    // Some tens of milliseconds pass until it knows that it is a rush.
+    // Some tens of milliseconds pass until it knows that it is a burst.
     assert!(rings < EACH, "{rings} rings for {} messages", 4 * EACH);
     dispatcher.shutdown().await;
     ledger::complete(&db, "t").await;
@@ -270,7 +270,7 @@ async fn in_a_rush_publishers_do_not_ring() {
 
 /// Polling would make each of them wait for the next look.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_a_rush_a_dispatcher_sleeps_while_few_messages_come() {
+async fn after_a_burst_a_dispatcher_sleeps_while_few_messages_come() {
     let db = Arc::new(TestDatabase::new().await.unwrap());
     let dispatcher = Dispatcher::new(db.connect_pool(2)).start().await.unwrap();
     let flow = tokio::spawn({
@@ -287,7 +287,7 @@ async fn after_a_rush_a_dispatcher_sleeps_while_few_messages_come() {
             publish(db.pool(), "many").await.expect("published");
         }
         match sleeper(db.pool()).await {
-            Ok(_) => Err("it sleeps in a rush"),
+            Ok(_) => Err("it sleeps in a burst"),
             Err(_) => Ok(()),
         }
     })
@@ -309,11 +309,11 @@ async fn steps_within(pool: &PgPool, span: Duration) -> (i64, Duration) {
 
 /// A publisher has the more of the machine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_a_rush_steps_are_few_while_no_consumer_waits_for_them() {
+async fn in_a_burst_steps_are_few_while_no_consumer_waits_for_them() {
     const SLOW: Duration = Duration::from_millis(50);
     let db = Arc::new(TestDatabase::new().await.unwrap());
     let dispatcher = Dispatcher::new(db.connect_pool(2)).start().await.unwrap();
-    let rush = tokio::spawn({
+    let burst = tokio::spawn({
         let pool = db.connect_pool(1);
         async move {
             loop {
@@ -327,7 +327,7 @@ async fn in_a_rush_steps_are_few_while_no_consumer_waits_for_them() {
         }
     });
     let at_pace = |(steps, took): (i64, Duration)| steps as f64 / (took.as_secs_f64() / SLOW.as_secs_f64());
-    // It takes a while to know that it is a rush, which one sleeper's rings are not, and that nobody waits.
+    // It takes a while to know that it is a burst, which one sleeper's rings are not, and that nobody waits.
     eventually(SOON, async || {
         for _ in 0..50 {
             publish(db.pool(), "many").await.expect("published");
@@ -338,7 +338,7 @@ async fn in_a_rush_steps_are_few_while_no_consumer_waits_for_them() {
         }
     })
     .await;
-    let _ear = Ear::new(&db).await;
+    let _listener = Listener::new(&db).await;
     eventually(SOON, async || {
         match at_pace(steps_within(db.pool(), Duration::from_millis(500)).await) {
             pace if pace > 1.5 => Ok(()),
@@ -346,12 +346,12 @@ async fn in_a_rush_steps_are_few_while_no_consumer_waits_for_them() {
         }
     })
     .await;
-    rush.abort();
+    burst.abort();
     dispatcher.shutdown().await;
 }
 
 /// Publishes now and then; returns how long the slowest took to be sequenced.
-async fn slowest_of(db: &TestDatabase, ear: &mut Ear, first: i64, messages: i64) -> Duration {
+async fn slowest_of(db: &TestDatabase, listener: &mut Listener, first: i64, messages: i64) -> Duration {
     let stalls = Stalls::watch();
     let mut slowest = Duration::ZERO;
     for n in first..first + messages {
@@ -360,7 +360,7 @@ async fn slowest_of(db: &TestDatabase, ear: &mut Ear, first: i64, messages: i64)
         publish(db.pool(), "x").await.expect("published");
         stalls.longest_since_asked();
         let committed = Instant::now();
-        ear.hears_of(n).await;
+        listener.hears_of(n).await;
         let took = committed.elapsed().saturating_sub(stalls.longest_since_asked());
         slowest = slowest.max(took);
     }
@@ -375,7 +375,7 @@ const HOLDS_THE_BELL: &str = "SELECT EXISTS (SELECT FROM pg_locks \
 async fn an_open_transaction_with_a_message_holds_up_nobody_elses_wake_up() {
     let db = TestDatabase::new().await.unwrap();
     let dispatcher = Dispatcher::new(db.connect_pool(2)).start().await.unwrap();
-    let mut ear = Ear::new(&db).await;
+    let mut listener = Listener::new(&db).await;
     // It found the dispatcher awake, so the dispatcher may not sleep while it is open.
     let mut open = eventually(SOON, async || {
         let mut tx = db.pool().begin().await.map_err(|error| error.to_string())?;
@@ -390,7 +390,7 @@ async fn an_open_transaction_with_a_message_holds_up_nobody_elses_wake_up() {
             return Ok(tx);
         }
         tx.rollback().await.map_err(|error| error.to_string())?;
-        // A dispatcher that is rushed wakes up.
+        // A burst of rings wakes a dispatcher up.
         for _ in 0..10 {
             sqlx::query("SELECT pg_notify('postbox_outbox', '')")
                 .execute(db.pool())
@@ -400,7 +400,7 @@ async fn an_open_transaction_with_a_message_holds_up_nobody_elses_wake_up() {
         Err("it was found asleep".to_owned())
     })
     .await;
-    let slowest = slowest_of(&db, &mut ear, 1, 40).await;
+    let slowest = slowest_of(&db, &mut listener, 1, 40).await;
     assert!(slowest < PROMPT, "{slowest:?}");
     let awake = sleeper(db.pool()).await;
     assert!(
@@ -410,7 +410,7 @@ async fn an_open_transaction_with_a_message_holds_up_nobody_elses_wake_up() {
     sqlx::query("SELECT 1").execute(&mut *open).await.unwrap();
     open.commit().await.unwrap();
     let committed = Instant::now();
-    ear.hears_of(41).await;
+    listener.hears_of(41).await;
     assert!(committed.elapsed() < PROMPT, "{:?}", committed.elapsed());
     asleep(db.pool()).await;
     dispatcher.shutdown().await;
@@ -420,7 +420,7 @@ async fn an_open_transaction_with_a_message_holds_up_nobody_elses_wake_up() {
 async fn a_bell_rung_within_a_savepoint_that_is_rolled_back_is_rung_again() {
     let db = TestDatabase::new().await.unwrap();
     let dispatcher = Dispatcher::new(db.connect_pool(2)).start().await.unwrap();
-    let mut ear = Ear::new(&db).await;
+    let mut listener = Listener::new(&db).await;
     for n in 1..=5 {
         asleep(db.pool()).await;
         let mut tx = db.pool().begin().await.unwrap();
@@ -430,7 +430,7 @@ async fn a_bell_rung_within_a_savepoint_that_is_rolled_back_is_rung_again() {
         tx.publish(Outgoing::json("t", "x")).await.unwrap();
         tx.commit().await.unwrap();
         let committed = Instant::now();
-        ear.hears_of(n).await;
+        listener.hears_of(n).await;
         assert!(committed.elapsed() < PROMPT, "{:?}", committed.elapsed());
     }
     dispatcher.shutdown().await;
@@ -516,8 +516,8 @@ async fn when_the_dispatcher_at_the_bell_is_killed_another_takes_its_place() {
     let mut process = Process::start(&db);
     let first = asleep(db.pool()).await;
     let dispatcher = Dispatcher::new(db.connect_pool(2)).start().await.unwrap();
-    let mut ear = Ear::new(&db).await;
-    let slowest = slowest_of(&db, &mut ear, 1, 15).await;
+    let mut listener = Listener::new(&db).await;
+    let slowest = slowest_of(&db, &mut listener, 1, 15).await;
     assert!(slowest < PROMPT, "two of them: {slowest:?}");
     assert_eq!(asleep(db.pool()).await, first, "the other one stands by");
 
@@ -530,8 +530,8 @@ async fn when_the_dispatcher_at_the_bell_is_killed_another_takes_its_place() {
         _ => Ok(()),
     })
     .await;
-    let mut ear = Ear::new(&db).await;
-    let slowest = slowest_of(&db, &mut ear, 17, 15).await;
+    let mut listener = Listener::new(&db).await;
+    let slowest = slowest_of(&db, &mut listener, 17, 15).await;
     assert!(slowest < PROMPT, "after the takeover: {slowest:?}");
     dispatcher.shutdown().await;
     ledger::complete(&db, "t").await;

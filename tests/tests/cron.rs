@@ -349,9 +349,9 @@ async fn a_cron_handler_runs_once_for_each_due_time_on_one_of_its_instances() {
     for pair in runs.windows(2) {
         assert_eq!(pair[1].0 - pair[0].0, TimeDelta::seconds(1), "{runs:?}");
     }
-    assert_eq!(runs[0].1, "cron/postbox-testkit/tick");
+    assert_eq!(runs[0].1, "cron/postbox-tests/tick");
     let registered = cron::list(&mut db.pool().acquire().await.unwrap()).await.unwrap();
-    assert_eq!(registered[0].name, "postbox-testkit/tick");
+    assert_eq!(registered[0].name, "postbox-tests/tick");
     assert_eq!(registered[0].time_zone, "Europe/Berlin");
     assert_eq!(registered[0].missed, "all");
     dispatcher.shutdown().await;

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use postbox::{Error, SCHEMA_VERSION, check_schema, migrate};
+use postbox::{Error, Migrated, SCHEMA_VERSION, check_schema, migrate};
 use postbox_testkit::TestDatabase;
 use sqlx::{AssertSqlSafe, PgPool};
 
@@ -44,7 +44,10 @@ async fn tasks_that_migrate_at_once_make_the_schema_once() {
     let db = TestDatabase::empty().await.unwrap();
     let pools: Vec<PgPool> = (0..8).map(|_| db.connect_pool(1)).collect();
     let done = futures_util::future::join_all(pools.iter().map(migrate)).await;
-    let applied: Vec<Vec<i32>> = done.into_iter().map(|result| result.expect("migrated")).collect();
+    let applied: Vec<Vec<i32>> = done
+        .into_iter()
+        .map(|result| result.expect("migrated").steps)
+        .collect();
     let everything: Vec<i32> = (1..=SCHEMA_VERSION).collect();
     assert_eq!(applied.concat(), everything, "one of them did all: {applied:?}");
     assert_eq!(all_versions(db.pool()).await, everything);
@@ -86,12 +89,11 @@ async fn as_a_process_that_migrates() {
 #[tokio::test]
 async fn migrating_again_changes_nothing() {
     let db = TestDatabase::empty().await.unwrap();
-    assert_eq!(
-        migrate(db.pool()).await.unwrap(),
-        (1..=SCHEMA_VERSION).collect::<Vec<_>>()
-    );
+    let migrated = migrate(db.pool()).await.unwrap();
+    assert_eq!(migrated.steps, (1..=SCHEMA_VERSION).collect::<Vec<_>>());
+    assert!(migrated.functions);
     let before = catalogue(db.pool()).await;
-    assert_eq!(migrate(db.pool()).await.unwrap(), Vec::<i32>::new());
+    assert_eq!(migrate(db.pool()).await.unwrap(), Migrated::default());
     assert_eq!(catalogue(db.pool()).await, before);
 }
 
@@ -116,8 +118,8 @@ async fn a_database_that_defaults_to_stricter_isolation_is_migrated_by_many_at_o
     let opening = async {
         postbox_testkit::eventually(std::time::Duration::from_secs(10), async || {
             let waiting: i64 = sqlx::query_scalar(
-                "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database \
-                 WHERE l.locktype = 'advisory' AND NOT l.granted AND d.datname = current_database()",
+                "SELECT count(*) FROM pg_stat_activity a \
+                 WHERE a.datname = current_database() AND a.xact_start IS NOT NULL AND a.pid <> pg_backend_pid()",
             )
             .fetch_one(db.pool())
             .await
@@ -140,15 +142,24 @@ async fn a_database_that_defaults_to_stricter_isolation_is_migrated_by_many_at_o
     }
 }
 
-#[tokio::test]
-async fn a_newer_schema_is_refused_and_left_as_it_is() {
-    let db = TestDatabase::new().await.unwrap();
+/// As a release to come would leave it.
+async fn migrated_by_a_newer_release(pool: &PgPool, compatible_from: i32) -> i32 {
     let newer = SCHEMA_VERSION + 1;
     run(
-        db.pool(),
-        format!("INSERT INTO postbox.schema_migration (version, name, checksum) VALUES ({newer}, 'x', 'y')"),
+        pool,
+        format!(
+            "INSERT INTO postbox.schema_migration (version, name, checksum) VALUES ({newer}, 'x', 'y'); \
+             UPDATE postbox.installation SET program = '999.0.0', functions = 'theirs', compatible_from = {compatible_from}"
+        ),
     )
     .await;
+    newer
+}
+
+#[tokio::test]
+async fn a_newer_schema_that_no_longer_works_is_refused_and_left_as_it_is() {
+    let db = TestDatabase::new().await.unwrap();
+    let newer = migrated_by_a_newer_release(db.pool(), SCHEMA_VERSION + 1).await;
     let before = catalogue(db.pool()).await;
     for result in [migrate(db.pool()).await.map(drop), check_schema(db.pool()).await] {
         match result {
@@ -157,6 +168,79 @@ async fn a_newer_schema_is_refused_and_left_as_it_is() {
         }
     }
     assert_eq!(catalogue(db.pool()).await, before);
+}
+
+#[tokio::test]
+async fn a_newer_schema_that_works_with_this_program_is_used_as_it_is() {
+    let db = TestDatabase::new().await.unwrap();
+    migrated_by_a_newer_release(db.pool(), SCHEMA_VERSION).await;
+    let before = catalogue(db.pool()).await;
+    assert_eq!(migrate(db.pool()).await.unwrap(), Migrated::default());
+    check_schema(db.pool()).await.expect("it works with it");
+    let dispatcher = postbox_dispatcher::Dispatcher::new(db.pool().clone())
+        .start()
+        .await
+        .expect("a process that starts again goes on");
+    dispatcher.shutdown().await;
+    assert_eq!(catalogue(db.pool()).await, before);
+}
+
+async fn installed(pool: &PgPool) -> (String, String) {
+    sqlx::query_as("SELECT program, functions FROM postbox.installation")
+        .fetch_one(pool)
+        .await
+        .expect("the installation")
+}
+
+/// A function in a form that this program does not have.
+const THEIRS: &str = "CREATE OR REPLACE FUNCTION postbox.next_offset(of_topic text) RETURNS bigint LANGUAGE sql AS 'SELECT 77::bigint'";
+
+async fn next_offset(pool: &PgPool) -> i64 {
+    sqlx::query_scalar("SELECT postbox.next_offset('x')")
+        .fetch_one(pool)
+        .await
+        .expect("an offset")
+}
+
+#[tokio::test]
+async fn functions_of_an_older_release_are_replaced_and_those_of_a_newer_one_stay() {
+    let db = TestDatabase::new().await.unwrap();
+    let (program, functions) = installed(db.pool()).await;
+    run(db.pool(), THEIRS).await;
+    run(
+        db.pool(),
+        "UPDATE postbox.installation SET program = '0.0.9', functions = 'theirs'",
+    )
+    .await;
+    let migrated = migrate(db.pool()).await.unwrap();
+    assert!(migrated.functions && migrated.steps.is_empty(), "{migrated:?}");
+    assert_eq!(next_offset(db.pool()).await, 0);
+    assert_eq!(installed(db.pool()).await, (program, functions));
+
+    run(db.pool(), THEIRS).await;
+    run(
+        db.pool(),
+        "UPDATE postbox.installation SET program = '999.0.0', functions = 'theirs'",
+    )
+    .await;
+    assert_eq!(migrate(db.pool()).await.unwrap(), Migrated::default());
+    assert_eq!(
+        next_offset(db.pool()).await,
+        77,
+        "a newer release's function stays"
+    );
+}
+
+#[tokio::test]
+async fn a_longer_retention_survives_new_functions() {
+    let db = TestDatabase::new().await.unwrap();
+    run(db.pool(), "SELECT postbox.set_retention('60 days')").await;
+    run(db.pool(), "UPDATE postbox.installation SET functions = 'theirs'").await;
+    let slot = "SELECT postbox.slot_of('2026-03-01 00:00Z') || ' ' || postbox.slot_of('2026-03-09 12:00Z')";
+    let before: String = sqlx::query_scalar(slot).fetch_one(db.pool()).await.unwrap();
+    assert!(migrate(db.pool()).await.unwrap().functions);
+    let after: String = sqlx::query_scalar(slot).fetch_one(db.pool()).await.unwrap();
+    assert_eq!(after, before);
 }
 
 #[tokio::test]
@@ -169,7 +253,7 @@ async fn a_migration_that_was_applied_in_another_form_is_refused() {
     .await;
     let before = catalogue(db.pool()).await;
     match migrate(db.pool()).await {
-        Err(Error::MigrationChanged { version: 1, name }) => assert_eq!(name, "0001_main_path"),
+        Err(Error::MigrationChanged { version: 1, name }) => assert_eq!(name, "0001_schema"),
         other => panic!("{other:?}"),
     }
     assert_eq!(catalogue(db.pool()).await, before);
@@ -284,7 +368,8 @@ async fn a_role_without_rights_is_told_which_it_lacks() {
     let role = Role::new(&db).await;
     let says = migrate(&role.pool).await.expect_err("it may not").to_string();
     assert!(
-        says.contains(&format!("permission denied for database {}", db.name())),
+        says.contains("may not create the schema postbox")
+            && says.contains(&format!("GRANT CREATE ON DATABASE \"{}\"", db.name())),
         "{says}"
     );
 
@@ -295,7 +380,7 @@ async fn a_role_without_rights_is_told_which_it_lacks() {
         check_schema(&role.pool).await,
     ] {
         let says = result.expect_err("it may not").to_string();
-        assert!(says.contains("permission denied for schema postbox"), "{says}");
+        assert!(says.contains("schema postbox"), "{says}");
     }
     assert_eq!(catalogue(db.pool()).await, before);
     role.drop(&db).await;

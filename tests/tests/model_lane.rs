@@ -1,6 +1,6 @@
 //! A model of one lane with one key: ownership, checkpoints and the fence, checked exhaustively. Instances crash, freeze, wake up and go on as
-//! if nothing had happened; others take over. (`postbox.claim`, `postbox.settle` and `postbox.checkpoint` in `migrations/0001_main_path.sql`;
-//! `consumer/src/settlement.rs`, `consumer/src/executor.rs`.)
+//! if nothing had happened; others take over. (`postbox.claim`, `postbox.settle` and `postbox.checkpoint` in `outbox/migrations/functions/ownership.sql`;
+//! `consumer/src/executor/settlement.rs`, `consumer/src/executor.rs`.)
 //!
 //! A woken instance is modelled as badly as can be: it does not look at its lease. So what holds here holds by the fence and the epochs, not by
 //! clocks. Each broken variant must be caught, or the model proves nothing.
@@ -32,6 +32,8 @@ enum Variant {
     CheckpointBeforeTheReturn,
     /// Broken: the newest checkpoint counts, whoever wrote it.
     AnyCheckpoint,
+    /// Broken: where the owner's newest checkpoint leaves the lane out, because it is about to be released, the claim's own position counts.
+    CheckpointThatLeavesItOut,
     /// Broken: a failed message lets its key go before its next attempt.
     KeyReleasedBeforeTheRetry,
     /// Broken: a claim does not look at what transactions have settled since the checkpoint.
@@ -150,6 +152,8 @@ enum Action {
     /// The connection broke before the server read the message.
     CommitLost(usize),
     Checkpoint(usize),
+    /// A checkpoint of the owner that leaves the lane out.
+    CheckpointWithout(usize),
     Release(usize),
     Crash(usize),
     Restart(usize),
@@ -293,6 +297,7 @@ impl Model for Lane {
                 }
             }
             actions.push(Action::Checkpoint(n));
+            actions.push(Action::CheckpointWithout(n));
         }
     }
 
@@ -389,6 +394,15 @@ impl Model for Lane {
                 }
                 if self.variant == Variant::AnyCheckpoint {
                     state.any_checkpoint = checkpoint;
+                }
+            }
+            // The newest counts that has the lane.
+            Action::CheckpointWithout(n) => {
+                let instance = &last.instances[n];
+                let lane = instance.lane.as_ref()?;
+                let counts = self.variant == Variant::CheckpointThatLeavesItOut;
+                if counts && last.owns(instance.session, lane.epoch) {
+                    state.checkpoint = None;
                 }
             }
             Action::Release(n) => {
@@ -513,6 +527,11 @@ fn committing_without_the_epoch_is_caught() {
 #[test]
 fn checking_the_epoch_without_holding_the_lane_is_caught() {
     assert!(broken_by(Variant::NoLaneLock, true).contains(&ONCE));
+}
+
+#[test]
+fn going_back_to_the_claim_where_a_checkpoint_leaves_the_lane_out_is_caught() {
+    assert!(broken_by(Variant::CheckpointThatLeavesItOut, false).contains(&NEVER_BACK));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A model of one lane with one key whose messages fail, are parked and are taken up again, checked exhaustively: whoever owns the lane crashes at any
 //! moment, and the next owner finds what was recorded. (`consumer/src/executor/keys.rs` and `catch_up.rs`; `postbox.record` in
-//! `migrations/0002_failure.sql`.) Zombies are for `model_lane.rs`: what comes from a stale epoch is refused here as there.
+//! `outbox/migrations/functions/failure.sql`.) Zombies are for `model_lane.rs`: what comes from a stale epoch is refused here as there.
 //!
 //! Each broken variant must be caught, or the model proves nothing.
 

@@ -1,4 +1,4 @@
-//! A model of the sequencer's step (`postbox.step` in `migrations/0001_main_path.sql`), checked exhaustively: transactions take their id
+//! A model of the sequencer's step (`postbox.step` in `outbox/migrations/functions/sequencer.sql`), checked exhaustively: transactions take their id
 //! early or late, insert, commit and abort in any order; two dispatchers step in between; the server crashes and takes the last steps back.
 //!
 //! Each broken variant must be caught, or the model proves nothing.

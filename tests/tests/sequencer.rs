@@ -484,7 +484,7 @@ struct Caller {
     head: Option<i64>,
 }
 
-/// What it returned, as far as it is not to be passed back: messages, news and payloads.
+/// What it returned, as far as it is not to be passed back: messages, announcement and payloads.
 type Stepped = (i64, Option<String>, Vec<String>);
 
 impl Caller {
@@ -541,11 +541,11 @@ impl Caller {
 
     /// Takes a step that finds so many messages, all of one topic, and says where they are; what it hands over.
     async fn small_step(&mut self, db: &TestDatabase, topic: &str, messages: i64) -> Vec<String> {
-        let (found, news, rows) = self.step(db).await;
+        let (found, announcement, rows) = self.step(db).await;
         assert_eq!(found, messages);
-        let news = news.expect("somebody wants it");
-        let [of, head, place] = news.split(' ').collect::<Vec<_>>()[..] else {
-            panic!("{news}");
+        let announcement = announcement.expect("somebody wants it");
+        let [of, head, place] = announcement.split(' ').collect::<Vec<_>>()[..] else {
+            panic!("{announcement}");
         };
         let head: i64 = head.parse().expect("as postbox.step says it");
         let mut connection = db.connect().await.expect("as postbox.step says it");
@@ -562,9 +562,9 @@ impl Caller {
 
     /// Takes a step that finds so many messages in the other way.
     async fn large_step(&mut self, db: &TestDatabase, messages: i64) {
-        let (found, news, rows) = self.step(db).await;
+        let (found, announcement, rows) = self.step(db).await;
         assert_eq!(found, messages);
-        assert!(news.is_some_and(|news| news.ends_with(" -")));
+        assert!(announcement.is_some_and(|text| text.ends_with(" -")));
         assert!(rows.is_empty());
     }
 }
@@ -573,12 +573,12 @@ impl Caller {
 #[tokio::test]
 async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
     let db = TestDatabase::new().await.unwrap();
-    let (mut one, mut other, mut ear) = (
+    let (mut one, mut other, mut listener) = (
         db.connect().await.unwrap(),
         db.connect().await.unwrap(),
         db.connect().await.unwrap(),
     );
-    run(&mut ear, "SELECT pg_advisory_lock_shared(1347571761, 3)").await;
+    run(&mut listener, "SELECT pg_advisory_lock_shared(1347571761, 3)").await;
     let (mut caller, mut second) = (Caller::default(), Caller::default());
 
     publish_alone(&mut one, "orders", "0").await;
@@ -616,8 +616,8 @@ async fn small_steps_and_large_ones_continue_each_other_whoever_takes_them() {
     caller.is_up_to_date(&db, &mut one).await;
     // A large payload is not handed over.
     publish_alone(&mut one, "letters", &"x".repeat(200)).await;
-    let (found, news, rows) = caller.step(&db).await;
-    assert!(found == 1 && news.is_some_and(|news| !news.ends_with('-')) && rows.is_empty());
+    let (found, announcement, rows) = caller.step(&db).await;
+    assert!(found == 1 && announcement.is_some_and(|text| !text.ends_with('-')) && rows.is_empty());
     // What ran at the last look has an older number than that look's newest.
     let mut open = other.begin().await.unwrap();
     publish(&mut open, "orders", "135").await;
@@ -890,12 +890,16 @@ async fn a_step_is_refused_where_its_snapshot_would_be_older_than_its_lock() {
     for level in ["REPEATABLE READ", "SERIALIZABLE"] {
         let mut tx = db.pool().begin().await.unwrap();
         run(&mut tx, format!("SET TRANSACTION ISOLATION LEVEL {level}")).await;
-        let says = sqlx::query("SELECT * FROM postbox.sequence()")
+        let refused = sqlx::query("SELECT * FROM postbox.sequence()")
             .execute(&mut *tx)
             .await
-            .expect_err("refused")
-            .to_string();
-        assert!(says.contains("must run in READ COMMITTED"), "{says}");
+            .expect_err("refused");
+        let code = refused.as_database_error().and_then(|error| error.code());
+        assert_eq!(code.as_deref(), Some("PB008"), "{refused}");
+        assert!(
+            refused.to_string().contains("must run in READ COMMITTED"),
+            "{refused}"
+        );
     }
 }
 

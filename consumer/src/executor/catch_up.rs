@@ -4,16 +4,20 @@
 //! look for the message from where the key was parked, and not for its settlement.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use postbox_core::link::in_time;
+use postbox_core::restarts::panic_text;
 use tracing::{error, warn};
 
+use super::Executor;
 use super::report::Afterwards;
-use super::{Ended, Executor};
-use crate::lane::{lane_of, lane_of_key};
-use crate::progress::{Counters, Intake};
-use crate::redelivery::{self, COPIES, Held, Parked};
-use crate::topic_log::OfKeys;
+use crate::ids::Lane;
+use crate::log::topic_log::{OfKeys, READ_TIMEOUT};
+use crate::protocol::progress::{Counters, Intake};
+use crate::protocol::redelivery::{self, COPIES, Held, Parked};
 
 /// Keys that are so close to each other are read together.
 const TOGETHER: i64 = 16 * 1024;
@@ -64,74 +68,90 @@ impl CatchUp {
     pub(super) fn wait(&mut self, key: i32) {
         self.turns.push_back(key);
     }
+
+    /// A number for what was read.
+    fn next_load(&mut self) -> u64 {
+        self.loads += 1;
+        self.loads
+    }
 }
 
 impl Executor {
     /// Reads parked messages: at once what is in memory, else in the background. Says whether there were any.
     pub(super) fn catch_up(&mut self) -> bool {
-        if self.catch_up.turns.is_empty() || self.catch_up.reading || !self.may_catch_up() {
+        if self.keys.catch_up.turns.is_empty() || self.keys.catch_up.reading || !self.may_catch_up() {
             return false;
         }
         match self.next_turn() {
             None => return false,
             Some(Turn::Log { keys, to, limit }) => {
                 let near = keys.values().all(|from| to - from <= NEAR);
-                if let Some(read) = near.then(|| self.log.cached_of_keys(&keys, to, limit)).flatten() {
+                if let Some(read) = near
+                    .then(|| self.reader.log().cached_of_keys(&keys, to, limit))
+                    .flatten()
+                {
                     self.take_up(&keys, read);
                     return true;
                 }
-                let log = self.log.clone();
-                self.tasks.spawn(async move {
-                    let read = log.of_keys(&keys, to, limit).await;
-                    let read = or_wait(read.map_err(|error| error.to_string())).await;
-                    Ended::Loaded(Loaded::Log { keys, read })
+                let log = self.reader.log().clone();
+                self.runs.load(async move {
+                    let read = async {
+                        log.of_keys(&keys, to, limit)
+                            .await
+                            .map_err(|error| error.to_string())
+                    };
+                    let read = or_wait(read).await;
+                    Loaded::Log { keys, read }
                 });
             }
             Some(Turn::Copies { key, from }) => {
-                let Some(membership) = &self.membership else {
+                let Some(membership) = &self.session.membership else {
                     return false;
                 };
-                let (subscription, log) = (membership.subscription, self.log.clone());
-                self.tasks.spawn(async move {
+                let (subscription, log) = (membership.subscription, self.reader.log().clone());
+                self.runs.load(async move {
                     let read = async {
                         let mut connection = log.connection().await?;
-                        redelivery::copies(&mut *connection, subscription, key, from).await
+                        let read = redelivery::copies(&mut *connection, subscription, key, from);
+                        in_time(READ_TIMEOUT, "reading what is parked", read).await
                     };
-                    let read = or_wait(read.await.map_err(|error: sqlx::Error| error.to_string())).await;
-                    Ended::Loaded(Loaded::Copies { key, from, read })
+                    // It is large, and seldom.
+                    let read = Box::pin(async { read.await.map_err(|error: sqlx::Error| error.to_string()) });
+                    let read = or_wait(read).await;
+                    Loaded::Copies { key, from, read }
                 });
             }
         }
-        self.catch_up.reading = true;
+        self.keys.catch_up.reading = true;
         false
     }
 
     /// Beside a full window, so that the lanes cannot take all the room, which half of it then counts for.
     fn may_catch_up(&self) -> bool {
         let window = self.plan.window;
-        let room = self.unsettled.len() < window + window / 2;
-        self.wants_more() && (room && self.intake() == Intake::Closed || self.wants_probe())
+        let room = self.lanes.unsettled() < window + window / 2;
+        self.wants_more() && (room && self.intake() == Intake::Closed || self.lacks_probe())
     }
 
     fn next_turn(&mut self) -> Option<Turn> {
         let lanes = self.lanes_past_their_cut();
-        let waiting = self.catch_up.turns.len();
+        let waiting = self.keys.catch_up.turns.len();
         let ahead = (self.plan.window / 2 / waiting).clamp(1, AHEAD);
         let ready = |executor: &Self, key: i32| -> Option<(Parked, i64)> {
-            let successors = executor.keys.get(&key).filter(|of| of.queue.len() < ahead)?;
-            let next = lanes.get(&lane_of_key(key, executor.lane_count))?;
+            let successors = executor.keys.get(key).filter(|of| of.queue.len() < ahead)?;
+            let next = lanes.get(&executor.lanes.of_key(key))?;
             Some((successors.parked.filter(|_| successors.catching_up)?, *next))
         };
         for _ in 0..waiting {
-            let key = self.catch_up.turns.pop_front()?;
+            let key = self.keys.catch_up.turns.pop_front()?;
             if !self
                 .keys
-                .get(&key)
+                .get(key)
                 .is_some_and(|successors| successors.catching_up)
             {
                 continue;
             }
-            self.catch_up.turns.push_back(key);
+            self.keys.catch_up.turns.push_back(key);
             let Some((parked, to)) = ready(self, key) else {
                 continue;
             };
@@ -139,7 +159,7 @@ impl Executor {
                 return Some(Turn::Copies { key, from });
             }
             let least = parked.log? - TOGETHER;
-            let others = self.catch_up.turns.iter().filter_map(|other| {
+            let others = self.keys.catch_up.turns.iter().filter_map(|other| {
                 let (parked, next) = ready(self, *other)?;
                 let from = parked.log.filter(|_| parked.copies.is_none())?;
                 (least <= from && from < to && to <= next).then_some((*other, from))
@@ -153,21 +173,15 @@ impl Executor {
     }
 
     /// Where the lanes are that have taken in all that was pending when they were claimed.
-    fn lanes_past_their_cut(&self) -> HashMap<u16, i64> {
-        let mut lanes = HashMap::new();
-        for stream in &self.streams {
-            let past = stream
-                .lanes
-                .iter()
-                .filter(|lane| self.lanes.get(lane).is_some_and(|lane| stream.next >= lane.cut));
-            lanes.extend(past.map(|lane| (*lane, stream.next)));
-        }
-        lanes
+    fn lanes_past_their_cut(&self) -> HashMap<Lane, i64> {
+        let is_past =
+            |(number, next): &(Lane, i64)| self.lanes.get(*number).is_some_and(|lane| *next >= lane.cut);
+        self.reader.positions().filter(is_past).collect()
     }
 
     pub(super) fn loaded(&mut self, loaded: Loaded) {
-        self.catch_up.reading = false;
-        if self.stop_by.is_some() {
+        self.keys.catch_up.reading = false;
+        if self.admission.is_stopping() {
             return;
         }
         let error = match loaded {
@@ -192,10 +206,10 @@ impl Executor {
         let mut jobs: HashMap<i32, Vec<_>> = HashMap::new();
         for record in read.records {
             let (offset, key) = (record.message().offset.get(), record.message().key_hash);
-            let lane = lane_of(offset, key, self.lane_count);
+            let lane = self.lanes.of(offset, key);
             let done = self
                 .lanes
-                .get(&lane)
+                .get(lane)
                 .is_none_or(|lane| lane.done.contains(&offset));
             if let Some(key) = key.filter(|_| !done)
                 && let Some(job) = self.job(record, offset, lane)
@@ -208,8 +222,9 @@ impl Executor {
                 copies: None,
                 log: Some(from),
             });
-            let next = lanes.get(&lane_of_key(key, self.lane_count));
-            let (Some(next), Some(successors)) = (next, self.keys.get_mut(&key)) else {
+            let load = self.keys.catch_up.next_load();
+            let next = lanes.get(&self.lanes.of_key(key));
+            let (Some(next), Some(successors)) = (next, self.keys.get_mut(key)) else {
                 continue;
             };
             if successors.parked != as_it_was || !successors.catching_up {
@@ -222,19 +237,17 @@ impl Executor {
             });
             let jobs = jobs.remove(&key).unwrap_or_default();
             if jobs.iter().any(|job| job.handler.transactional) {
-                self.catch_up.loads += 1;
-                let load = self.catch_up.loads;
                 successors.unrecorded.push_back((load, jobs[0].offset));
-                self.afterwards.push(Afterwards::TakenUp { key, load });
+                self.reporter.then(Afterwards::TakenUp { key, load });
             }
             for job in jobs {
-                self.unsettled.insert(job.offset, job.lane);
+                self.lanes.hold(job.offset, job.lane);
                 successors.queue.push_back(job);
             }
             let headless = successors.headless;
             self.note_parked(key);
             if headless {
-                self.urgent |= !self.afterwards.is_empty();
+                self.reporter.hurry_if_awaited();
                 self.release_key(key);
             }
         }
@@ -242,7 +255,7 @@ impl Executor {
 
     /// It is recorded that these are not parked any more, unless they were parked again.
     pub(super) fn taken_up(&mut self, key: i32, load: u64) {
-        let Some(successors) = self.keys.get_mut(&key) else {
+        let Some(successors) = self.keys.get_mut(key) else {
             return;
         };
         successors.unrecorded.retain(|(number, _)| *number != load);
@@ -252,10 +265,8 @@ impl Executor {
     }
 
     fn take_up_copies(&mut self, key: i32, from: i64, read: Vec<Held>) {
-        let is_past_its_cut = self
-            .lanes_past_their_cut()
-            .contains_key(&lane_of_key(key, self.lane_count));
-        let Some(successors) = self.keys.get_mut(&key).filter(|of| of.catching_up) else {
+        let is_past_its_cut = self.lanes_past_their_cut().contains_key(&self.lanes.of_key(key));
+        let Some(successors) = self.keys.get_mut(key).filter(|of| of.catching_up) else {
             return;
         };
         let Some(parked) = successors
@@ -276,17 +287,19 @@ impl Executor {
         }
         for held in read {
             if let Some(job) = self.stored_job(held) {
-                self.insert_successor(key, job);
+                self.keys.insert(key, job);
             }
         }
-        if self.keys.get(&key).is_some_and(|successors| successors.headless) {
+        if self.keys.get(key).is_some_and(|successors| successors.headless) {
             self.release_key(key);
         }
     }
 }
 
-/// A read that failed is not tried again at once.
-async fn or_wait<T>(read: Result<T, String>) -> Result<T, String> {
+/// A read that failed, or panicked, is not tried again at once.
+async fn or_wait<T>(read: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let read = AssertUnwindSafe(read).catch_unwind().await;
+    let read = read.unwrap_or_else(|panic| Err(panic_text(panic.as_ref())));
     if read.is_err() {
         tokio::time::sleep(READ_WAIT).await;
     }

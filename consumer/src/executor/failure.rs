@@ -1,25 +1,82 @@
-//! Failing: when a message runs again, when it is given up, and what a lane's new owner or an operator makes of those that failed.
+//! Failing: when a message runs again, and when it is given up.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
+use postbox_core::text;
 use tracing::{debug, error, warn};
 
+use super::doubt::Doubts;
 use super::report::Afterwards;
 use super::{Executor, Job, Jobs};
-use crate::block::Record;
-use crate::dead_letter::DeadLetter;
-use crate::handler::{Decision, Expired, HandlerError};
-use crate::journal::{Entry, Failure, Fate};
-use crate::progress::Counters;
-use crate::redelivery::{Held, HeldState, ParkedKey};
+use crate::clock::later;
+use crate::extract::DeadLetter;
+use crate::extract::Invocation;
+use crate::handler::Telling;
+use crate::handler::{Expired, Undecodable};
+use crate::ids::Lane;
+use crate::outcome::{Decision, HandlerError};
+use crate::protocol::journal::{Disposition, Entry, Failure};
+use crate::protocol::progress::Counters;
+
+/// What has failed or was given up, and is remembered for it.
+#[derive(Default)]
+pub(super) struct Failing {
+    /// Messages with a row of their own that run or will run again, with their lanes.
+    rows: HashMap<i64, Lane>,
+    /// Messages given up whose keys wait for an operator, with their lanes.
+    halted: HashMap<i64, (Lane, Option<i32>)>,
+    pub(super) doubts: Doubts,
+}
+
+impl Failing {
+    /// How many have a row and will run again.
+    pub(super) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub(super) fn has(&self, offset: i64) -> bool {
+        self.rows.contains_key(&offset)
+    }
+
+    pub(super) fn insert(&mut self, offset: i64, lane: Lane) {
+        self.rows.insert(offset, lane);
+    }
+
+    /// Says whether it was among them.
+    pub(super) fn remove(&mut self, offset: i64) -> bool {
+        self.rows.remove(&offset).is_some()
+    }
+
+    /// How many keys wait for an operator.
+    pub(super) fn halted(&self) -> usize {
+        self.halted.len()
+    }
+
+    fn halt(&mut self, job: &Job) {
+        self.rows.remove(&job.offset);
+        self.halted.insert(job.offset, (job.lane, job.key));
+    }
+
+    /// An operator has decided: the key that waited for it, if there is one; `None` if nothing did.
+    pub(super) fn decided(&mut self, offset: i64) -> Option<Option<i32>> {
+        self.halted.remove(&offset).map(|(_, key)| key)
+    }
+
+    /// All of a lane that has another owner.
+    pub(super) fn forget(&mut self, lane: Lane) {
+        self.rows.retain(|_, of| *of != lane);
+        self.halted.retain(|_, (of, _)| *of != lane);
+    }
+}
 
 impl Executor {
     /// A run has failed.
     pub(super) fn run_failed(&mut self, jobs: Jobs, failure: HandlerError) {
         let HandlerError { decision, reason } = failure;
         let failure = match decision {
+            Decision::Unfit(unfit) => return self.run_without(jobs, unfit),
             Decision::OfEach(_) if jobs.handler().transactional => HandlerError::retry(format!(
                 "a handler with a Tx cannot fail with some of its messages only, since what it wrote for the others is rolled back: {reason}"
             )),
@@ -56,7 +113,7 @@ impl Executor {
         for job in jobs {
             let failure = failures.remove(&job.offset);
             match (job.key.filter(|key| waiting.contains(key)), failure) {
-                (Some(key), _) => self.insert_successor(key, job),
+                (Some(key), _) => self.keys.insert(key, job),
                 (None, Some(failure)) if matches!(failure.decision, Decision::Discard) => {
                     self.discards(&job, &failure.reason);
                     settled.push(job);
@@ -82,16 +139,35 @@ impl Executor {
         }
     }
 
-    fn failed(&mut self, job: Job, failure: HandlerError) {
+    /// The handler cannot take these messages of a batch, which has not run: it runs without them.
+    fn run_without(&mut self, jobs: Jobs, mut unfit: BTreeMap<i64, HandlerError>) {
+        let mut keys = HashSet::new();
+        let (mut fit, mut failed) = (Vec::new(), Vec::new());
+        for mut job in jobs {
+            let failure = unfit.remove(&job.offset);
+            if failure.is_some() {
+                // So that it does not come with the next batch either.
+                job.limit = 1;
+            }
+            match (job.key.filter(|key| !keys.insert(*key)), failure) {
+                (Some(key), _) => self.keys.insert(key, job),
+                (None, Some(failure)) => failed.push((job, failure)),
+                (None, None) => fit.push(job),
+            }
+        }
+        self.run_again(fit);
+        for (job, failure) in failed {
+            self.failed(job, failure);
+        }
+    }
+
+    pub(super) fn failed(&mut self, job: Job, failure: HandlerError) {
+        let failure = by_policy(&job, failure);
         if let Decision::Retry | Decision::RetryIn(_) = failure.decision {
-            let is_probe = self.breaker.is_probe(job.offset);
-            self.counts_as_failure(job.offset, job.attempt);
-            if is_probe {
-                // What fails now fails for all, so it is not counted against the message.
-                Counters::add(&self.plan.counters.failed);
-                debug!(group = %self.plan.group, topic = %self.plan.topic, error = failure.reason, "the probe failed");
-                let wait = wait_of(&job, &failure);
-                return self.again(job, wait);
+            // A type that nobody handles says nothing of the handlers.
+            match job.unknown {
+                true => self.admission.breaker.inconclusive(job.offset),
+                false => self.counts_as_failure(job.offset, job.attempt),
             }
         }
         self.decide(job, failure);
@@ -99,13 +175,14 @@ impl Executor {
 
     /// To the breaker.
     fn counts_as_failure(&mut self, offset: i64, attempt: u32) {
-        if self.breaker.failed(offset, attempt, Instant::now()) {
+        if self.admission.breaker.failed(offset, attempt, Instant::now()) {
             self.warn_open();
         }
     }
 
     /// What is to be done with a message that failed.
     fn decide(&mut self, mut job: Job, failure: HandlerError) {
+        let failure = by_policy(&job, failure);
         let wait = wait_of(&job, &failure);
         match failure.decision {
             Decision::Postpone(_) => {
@@ -113,7 +190,7 @@ impl Executor {
                     group = %self.plan.group, topic = %self.plan.topic, handler = job.handler.name, id = %job.record.message().id,
                     offset = job.offset, reason = failure.reason, ?wait, "the handler postpones the message"
                 );
-                self.breaker.inconclusive(job.offset);
+                self.admission.breaker.inconclusive(job.offset);
                 return self.again(job, wait);
             }
             Decision::Discard => {
@@ -122,16 +199,26 @@ impl Executor {
                 return self.settle(job);
             }
             Decision::DeadLetter => {
-                self.works();
+                match job.unknown {
+                    true => self.admission.breaker.inconclusive(job.offset),
+                    false => self.works(),
+                }
                 Counters::add(&self.plan.counters.failed);
                 let reason = format!("the handler gave it up: {}", failure.reason);
                 return self.give_up(job, reason, failure.reason);
             }
-            Decision::Retry | Decision::RetryIn(_) | Decision::OfEach(_) => {}
+            // It says nothing of the handler, which did not run.
+            Decision::Undecodable => {
+                self.admission.breaker.inconclusive(job.offset);
+                Counters::add(&self.plan.counters.failed);
+                let reason = format!("undecodable, so no further attempt can help: {}", failure.reason);
+                return self.give_up(job, reason, failure.reason);
+            }
+            Decision::Retry | Decision::RetryIn(_) | Decision::OfEach(_) | Decision::Unfit(_) => {}
         }
         Counters::add(&self.plan.counters.failed);
         let since = *job.failing_since.get_or_insert_with(Instant::now);
-        if self.membership.is_some()
+        if self.session.membership.is_some()
             && let Some(why) = job.handler.retry.gives_up(job.attempt, since.elapsed())
         {
             return self.give_up(job, format!("{why}: {}", failure.reason), failure.reason);
@@ -161,7 +248,7 @@ impl Executor {
                 group = %self.plan.group, topic = %self.plan.topic, handler = jobs.handler().name, messages = jobs.len(),
                 offset, reason = failure.reason, ?wait, "the handler postpones a batch"
             );
-            self.breaker.inconclusive(offset);
+            self.admission.breaker.inconclusive(offset);
             return self.all_again(jobs, wait);
         }
         Counters::add(&self.plan.counters.failed);
@@ -176,23 +263,23 @@ impl Executor {
     pub(super) fn warn_open(&self) {
         warn!(
             group = %self.plan.group, topic = %self.plan.topic,
-            "everything fails: the breaker is open, and no more is taken in until a probe succeeds"
+            "everything fails: the breaker is open; what failed has its further attempts, and of the rest one message runs now and then, until one succeeds"
         );
     }
 
     /// Holds its key until the next attempt.
     fn retry(&mut self, job: Job, wait: Duration, error: String) {
-        let due = Instant::now() + wait;
+        let due = later(Instant::now(), wait);
         let job = self.note_failure(job, due, error);
         self.again_at(job, due);
     }
 
     /// After a failure it gets a row of its own, which the lane passes.
-    fn note_failure(&mut self, mut job: Job, due: Instant, error: String) -> Job {
-        if self.membership.is_some() {
-            self.unsettled.remove(&job.offset);
+    pub(super) fn note_failure(&mut self, mut job: Job, due: Instant, error: String) -> Job {
+        if self.session.membership.is_some() {
+            self.lanes.let_go(job.offset);
             self.failing.insert(job.offset, job.lane);
-            self.note(&job, Fate::Retry, Some(due), Some(error));
+            self.note(&job, Disposition::Retry, Some(due), Some(error));
             job.stored = true;
             // It may stay long.
             job.record = job.record.detached();
@@ -204,15 +291,12 @@ impl Executor {
 
     /// The database's clock was moved on: what was due by it is due sooner.
     pub(super) fn advance(&mut self, span: Duration) {
-        let retries = std::mem::take(&mut self.retries).into_iter();
-        self.retries = retries
-            .map(|((due, offset), job)| ((due.checked_sub(span).unwrap_or(due), offset), job))
-            .collect();
+        self.queue.advance(span);
     }
 
     /// Runs once more as if it had not run.
     pub(super) fn again(&mut self, job: Job, wait: Duration) {
-        self.again_at(job, Instant::now() + wait);
+        self.again_at(job, later(Instant::now(), wait));
     }
 
     pub(super) fn all_again(&mut self, jobs: Jobs, wait: Duration) {
@@ -221,16 +305,16 @@ impl Executor {
         }
     }
 
-    fn again_at(&mut self, job: Job, due: Instant) {
+    pub(super) fn again_at(&mut self, job: Job, due: Instant) {
         if !job.stored {
-            self.unsettled.insert(job.offset, job.lane);
+            self.lanes.hold(job.offset, job.lane);
         }
-        if self.draining.contains_key(&job.lane) || self.stop_by.is_some() {
+        if self.lanes.is_draining(job.lane) || self.admission.is_stopping() {
             return;
         }
         self.hold_key(&job);
         let failing_key = job.key.filter(|_| job.stored);
-        self.retries.insert((due, job.offset), job);
+        self.queue.retry(due, job);
         if let Some(key) = failing_key {
             self.head_fails(key, Some(due));
         }
@@ -244,7 +328,7 @@ impl Executor {
     /// It is too late for this message, which has not run or not succeeded.
     pub(super) fn expire(&mut self, mut job: Job) {
         Counters::add(&self.plan.counters.expired);
-        self.breaker.inconclusive(job.offset);
+        self.admission.breaker.inconclusive(job.offset);
         debug!(
             group = %self.plan.group, topic = %self.plan.topic, id = %job.record.message().id, offset = job.offset,
             "the message has expired"
@@ -258,8 +342,23 @@ impl Executor {
         }
     }
 
+    /// What cannot be read cannot be read later either, so there is no other attempt.
+    pub(super) fn bury_unread(&mut self, mut job: Job) {
+        let why = job.record.message().unreadable.clone().unwrap_or_default();
+        Counters::add(&self.plan.counters.failed);
+        self.admission.breaker.inconclusive(job.offset);
+        job.attempt -= 1;
+        let halts = job.handler.retry.halts() && job.key.is_some();
+        self.bury(
+            job,
+            text::clean(format_args!("it cannot be handled: {why}")),
+            None,
+            halts,
+        );
+    }
+
     /// To the dead letters. Its key goes on, or waits, as the handler's policy says.
-    fn give_up(&mut self, job: Job, reason: String, last_error: String) {
+    pub(super) fn give_up(&mut self, job: Job, reason: String, last_error: String) {
         let halts = job.handler.retry.halts() && job.key.is_some();
         self.bury(job, reason, Some(last_error), halts);
     }
@@ -271,15 +370,23 @@ impl Executor {
             offset = job.offset, attempts = job.attempt, reason, halts, "a message is given up"
         );
         Counters::add(&self.plan.counters.dead);
-        let Some(epoch) = self.epoch(job.lane).filter(|_| self.membership.is_some()) else {
+        let Some(epoch) = self
+            .lanes
+            .epoch(job.lane)
+            .filter(|_| self.session.membership.is_some())
+        else {
             // A broadcast from memory has nowhere to put it.
             return self.settle(job);
         };
-        let fate = if halts { Fate::Halted } else { Fate::Dead };
-        self.unsettled.remove(&job.offset);
-        self.failing.remove(&job.offset);
-        self.write(&job, fate, None, last_error, Some(reason.clone()));
-        let hook = job.handler.on_dead_letter.clone().map(|hook| {
+        let disposition = if halts {
+            Disposition::Halted
+        } else {
+            Disposition::Dead
+        };
+        self.lanes.let_go(job.offset);
+        self.failing.remove(job.offset);
+        self.write(&job, disposition, None, last_error, Some(reason.clone()));
+        let telling = job.handler.on_dead_letter.clone().map(|hook| {
             let letter = DeadLetter::new(
                 self.plan.group.clone(),
                 self.plan.topic.clone(),
@@ -289,16 +396,23 @@ impl Executor {
                 reason,
                 halts,
             );
-            (hook, Box::new(letter))
+            Box::new(Telling {
+                hook,
+                invocation: Invocation {
+                    letter: Some(Box::new(letter)),
+                    ..self.invocation(&job.clone().into())
+                },
+                timeout: job.handler.timeout,
+            })
         });
         self.hold_key(&job);
-        self.afterwards.push(Afterwards::Buried {
+        self.reporter.then(Afterwards::Buried {
             lane: job.lane,
             epoch,
             key: job.key.filter(|_| !halts),
-            hook,
+            telling,
         });
-        self.report_soon();
+        self.reporter.hurry();
         if halts {
             self.halt(job);
         }
@@ -307,204 +421,58 @@ impl Executor {
     /// The key waits for an operator.
     pub(super) fn halt(&mut self, job: Job) {
         self.hold_key(&job);
-        self.failing.remove(&job.offset);
-        self.halted.insert(job.offset, (job.lane, job.key));
+        self.failing.halt(&job);
         if let Some(key) = job.key {
             self.head_fails(key, None);
         }
     }
 
-    // -------------------------------------------------------------------------------------------------------------- journal
-
-    pub(super) fn epoch(&self, lane: u16) -> Option<i32> {
-        self.lanes.get(&lane).map(|lane| lane.epoch)
-    }
-
     /// Notes what became of a message, for the next report.
-    pub(super) fn note(&mut self, job: &Job, fate: Fate, due: Option<Instant>, error: Option<String>) {
-        self.write(job, fate, due, error, None);
+    pub(super) fn note(
+        &mut self,
+        job: &Job,
+        disposition: Disposition,
+        due: Option<Instant>,
+        error: Option<String>,
+    ) {
+        self.write(job, disposition, due, error, None);
     }
 
     fn write(
         &mut self,
         job: &Job,
-        fate: Fate,
+        disposition: Disposition,
         due: Option<Instant>,
         error: Option<String>,
         reason: Option<String>,
     ) {
-        let Some(epoch) = self.epoch(job.lane).filter(|_| self.membership.is_some()) else {
+        let Some(epoch) = self
+            .lanes
+            .epoch(job.lane)
+            .filter(|_| self.session.membership.is_some())
+        else {
             return;
         };
-        self.journal.put(
-            job.offset,
-            Entry {
-                lane: job.lane,
-                epoch,
-                fate,
-                attempts: job.attempt,
-                due: due.unwrap_or_else(Instant::now),
-                failures: error
-                    .map(|error| Failure {
-                        attempt: job.attempt,
-                        at: Utc::now(),
-                        error,
-                    })
-                    .into_iter()
-                    .collect(),
-                reason,
-                record: (!job.stored).then(|| job.record.clone()),
-            },
-        );
-        self.dirty = true;
+        let failure = error.map(|error| Failure {
+            attempt: job.attempt,
+            at: Utc::now(),
+            error,
+        });
+        let mut entry = Entry::new(job.lane, epoch, disposition, job.attempt);
+        entry.due = due.unwrap_or(entry.due);
+        entry.failures.extend(failure);
+        entry.reason = reason;
+        entry.record = (!job.stored).then(|| job.record.clone());
+        self.reporter.note(job.offset, entry);
     }
+}
 
-    // ------------------------------------------------------------------------------------------------------------ adopting
-
-    /// Takes over what the former owners of lanes left, by offset.
-    pub(super) fn adopt(&mut self, held: Vec<Held>, parked: Vec<ParkedKey>) {
-        for held in held {
-            self.adopt_one(held);
-        }
-        for ParkedKey { key, parked } in parked {
-            let vacant = !self.keys.contains_key(&key);
-            self.keys.entry(key).or_default().parked = Some(parked);
-            if vacant {
-                self.release_key(key);
-            }
-        }
+/// What the handler's options say of a payload that it cannot understand.
+fn by_policy(job: &Job, mut failure: HandlerError) -> HandlerError {
+    if matches!(failure.decision, Decision::Undecodable) && job.handler.undecodable == Undecodable::Retry {
+        failure.decision = Decision::Retry;
     }
-
-    /// What operators decided; what is of other lanes is for their owners.
-    pub(super) fn decided(&mut self, held: Vec<Held>) {
-        for held in held {
-            let offset = held.message.offset.get();
-            // What was read before the last report was recorded may be a message that has run since.
-            let known = self.failing.contains_key(&offset) || self.is_unrecorded(offset);
-            if !known && self.lanes.contains_key(&held.lane) && !self.draining.contains_key(&held.lane) {
-                self.adopt_one(held);
-            }
-        }
-    }
-
-    fn adopt_one(&mut self, held: Held) {
-        let (offset, lane, state, attempts) =
-            (held.message.offset.get(), held.lane, held.state, held.attempts);
-        let due = Instant::now() + held.due_in;
-        // Its key is its own.
-        let was_halted = self.halted.remove(&offset);
-        let Some(mut job) = self.stored_job(held) else {
-            if let Some((_, Some(key))) = was_halted {
-                self.release_key(key);
-            }
-            return;
-        };
-        match state {
-            HeldState::Parked => {}
-            HeldState::Released => {
-                self.note(&job, Fate::Done, None, None);
-                if let Some((_, Some(key))) = was_halted {
-                    self.release_key(key);
-                }
-            }
-            HeldState::Halted => match job.key.filter(|key| self.keys.contains_key(key)) {
-                Some(key) => {
-                    // Until its turn comes it is not looked up again.
-                    self.failing.insert(offset, lane);
-                    job.halted = true;
-                    self.insert_successor(key, job);
-                }
-                None => self.halt(job),
-            },
-            HeldState::Redriven => {
-                self.failing.insert(offset, lane);
-                // No longer the operator's, and not tried yet.
-                job.attempt = 0;
-                self.note(&job, Fate::Retry, None, None);
-                job.attempt = 1;
-                match job.key {
-                    Some(key) if was_halted.is_none() && self.keys.contains_key(&key) => {
-                        self.insert_successor(key, job)
-                    }
-                    _ => {
-                        self.hold_key(&job);
-                        self.ready.push_back(job);
-                    }
-                }
-            }
-            HeldState::Retry => {
-                self.failing.insert(offset, lane);
-                self.resume(job, due);
-            }
-            HeldState::Trying => {
-                self.failing.insert(offset, lane);
-                job.suspect = true;
-                if self.lanes.get(&lane).is_some_and(|lane| lane.crashes > 0) {
-                    job.attempt = attempts;
-                    self.died(job);
-                } else {
-                    // It was cancelled, or never began.
-                    job.attempt = attempts.max(1);
-                    self.resume(job, due);
-                }
-            }
-        }
-    }
-
-    /// A process died while this attempt ran.
-    fn died(&mut self, mut job: Job) {
-        const ERROR: &str = "the process died while the handler ran";
-        let since = *job.failing_since.get_or_insert_with(Instant::now);
-        if let Some(why) = job.handler.retry.gives_up(job.attempt, since.elapsed()) {
-            // A key that an earlier message holds is not this one's to let go.
-            job.key = job.key.filter(|key| !self.keys.contains_key(key));
-            return self.give_up(job, format!("{why}: {ERROR}"), ERROR.to_owned());
-        }
-        let due = Instant::now() + backoff(&job);
-        let job = self.note_failure(job, due, ERROR.to_owned());
-        self.resume(job, due);
-    }
-
-    /// As it was: holds its key until it is due, or stands behind the one that does.
-    fn resume(&mut self, job: Job, due: Instant) {
-        match job.key {
-            Some(key) if self.keys.contains_key(&key) => self.insert_successor(key, job),
-            _ => self.again_at(job, due),
-        }
-    }
-
-    /// A message that has a row; `None` if no handler takes it, and then it is settled.
-    pub(super) fn stored_job(&mut self, held: Held) -> Option<Job> {
-        let (offset, lane) = (held.message.offset.get(), held.lane);
-        match self.job(Record::alone(held.message), offset, lane) {
-            Some(job) => Some(Job {
-                attempt: held.attempts + 1,
-                failing_since: held.failing_for.and_then(|span| Instant::now().checked_sub(span)),
-                stored: true,
-                limit: 1,
-                ..job
-            }),
-            None => {
-                if let Some(epoch) = self.epoch(lane) {
-                    self.journal.put(
-                        offset,
-                        Entry {
-                            lane,
-                            epoch,
-                            fate: Fate::Done,
-                            attempts: held.attempts,
-                            due: Instant::now(),
-                            failures: Vec::new(),
-                            reason: None,
-                            record: None,
-                        },
-                    );
-                    self.dirty = true;
-                }
-                None
-            }
-        }
-    }
+    failure
 }
 
 /// Before the next attempt of a message that failed.
@@ -515,7 +483,7 @@ fn wait_of(job: &Job, failure: &HandlerError) -> Duration {
     }
 }
 
-fn backoff(job: &Job) -> Duration {
+pub(super) fn backoff(job: &Job) -> Duration {
     let chance = chance(job.record.message().seq, job.attempt);
     job.handler.retry.wait(job.attempt, chance)
 }

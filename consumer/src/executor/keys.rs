@@ -7,17 +7,71 @@
 //! *What is in memory of a key is before what is parked.* So a new owner, who finds the one pending and the other parked, runs them in order if it
 //! takes in all that is pending first.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::catch_up::CatchUp;
+use super::unknown::Turn;
 use super::{Executor, Job};
-use crate::handler::Order;
-use crate::journal::ParkedFrom;
-use crate::lane::lane_of_key;
-use crate::redelivery::Parked;
+use crate::handler::MessageOrder;
+use crate::protocol::journal::ParkedFrom;
+use crate::protocol::redelivery::Parked;
 
 /// Beyond such a wait of the head, what waits behind it is not kept in memory, and does not hold its slot.
 const LONG: Duration = Duration::from_secs(60);
+
+/// Keys of which a message runs or waits for its next attempt, with their successors.
+#[derive(Default)]
+pub(super) struct Keys {
+    held: HashMap<i32, Successors>,
+    pub(super) catch_up: CatchUp,
+}
+
+impl Keys {
+    pub(super) fn has(&self, key: i32) -> bool {
+        self.held.contains_key(&key)
+    }
+
+    pub(super) fn get(&self, key: i32) -> Option<&Successors> {
+        self.held.get(&key)
+    }
+
+    pub(super) fn get_mut(&mut self, key: i32) -> Option<&mut Successors> {
+        self.held.get_mut(&key)
+    }
+
+    /// The successors of a key that is held, or from now on.
+    pub(super) fn of(&mut self, key: i32) -> &mut Successors {
+        self.held.entry(key).or_default()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (i32, &Successors)> {
+        self.held.iter().map(|(key, successors)| (*key, successors))
+    }
+
+    pub(super) fn retain(&mut self, keep: impl Fn(i32) -> bool) {
+        self.held.retain(|key, _| keep(*key));
+    }
+
+    /// Of what waits in memory.
+    pub(super) fn retain_queued(&mut self, keep: impl Fn(&Job) -> bool) {
+        for successors in self.held.values_mut() {
+            successors.queue.retain(&keep);
+        }
+    }
+
+    /// By its offset among those in memory.
+    pub(super) fn insert(&mut self, key: i32, job: Job) {
+        let queue = &mut self.of(key).queue;
+        let place = queue.partition_point(|other| other.offset < job.offset);
+        queue.insert(place, job);
+    }
+
+    /// Where the parked messages of a key are.
+    fn parked(&self, key: i32) -> Option<Parked> {
+        self.get(key)?.parked
+    }
+}
 
 /// What waits behind the message of a key.
 #[derive(Default)]
@@ -36,6 +90,8 @@ pub(super) struct Successors {
     pub(super) catching_up: bool,
     /// Numbers and first offsets of what was read and may not run before it is recorded that it is not parked any more.
     pub(super) unrecorded: VecDeque<(u64, i64)>,
+    /// The first that is parked was left to an instance that handles its type, this one.
+    pub(super) waits_for: Option<String>,
 }
 
 impl Successors {
@@ -57,7 +113,7 @@ impl Executor {
     pub(super) fn queue_behind_its_key(&mut self, job: Job) -> Option<Job> {
         let Some(key) = job.key else { return Some(job) };
         let memory_is_short = self.memory_is_short();
-        let Some(successors) = self.keys.get_mut(&key) else {
+        let Some(successors) = self.keys.get_mut(key) else {
             return Some(job);
         };
         let (failing, for_long) = (successors.failing, successors.for_long);
@@ -72,7 +128,7 @@ impl Executor {
                 return Some(job);
             }
             _ => {
-                self.unsettled.insert(job.offset, job.lane);
+                self.lanes.hold(job.offset, job.lane);
                 successors.queue.push_back(job);
             }
         }
@@ -81,30 +137,45 @@ impl Executor {
 
     pub(super) fn hold_key(&mut self, job: &Job) {
         if let Some(key) = job.key {
-            self.keys.entry(key).or_default().headless = false;
+            self.keys.of(key).headless = false;
         }
     }
 
     /// The message of the key is settled: the next may run.
     pub(super) fn release_key(&mut self, key: i32) {
-        let Some(successors) = self.keys.get_mut(&key) else {
+        let Some(successors) = self.keys.get_mut(key) else {
             return;
         };
         successors.failing = false;
         successors.for_long = false;
+        successors.waits_for = None;
         if successors.parked.is_some() && !successors.catching_up {
             successors.catching_up = true;
-            self.catch_up.wait(key);
+            self.keys.catch_up.wait(key);
         }
-        if let Some(mut next) = successors.pop() {
-            successors.headless = false;
+        while let Some(mut next) = self.keys.get_mut(key).and_then(Successors::pop) {
             next.is_ready();
-            match next.halted {
-                true => self.halt(next),
-                false => self.ready.push_back(next),
+            if next.halted {
+                return self.halt(next);
             }
-        } else if successors.queue.is_empty() && successors.parked.is_none() {
-            self.keys.remove(&key);
+            match self.turn(next) {
+                Turn::Run(next) => {
+                    self.hold_key(&next);
+                    return match self.plan.concurrency {
+                        // Who runs one at a time gets them by offset, also where some have keys and some have none.
+                        1 => self.queue.push_by_offset(next),
+                        _ => self.queue.push(next),
+                    };
+                }
+                Turn::Left => return,
+                Turn::Settled => {}
+            }
+        }
+        let Some(successors) = self.keys.get_mut(key) else {
+            return;
+        };
+        if successors.queue.is_empty() && successors.parked.is_none() {
+            self.keys.held.remove(&key);
         } else {
             successors.headless = true;
         }
@@ -113,7 +184,11 @@ impl Executor {
     /// The head of the key has failed and has a row, and waits until it is due, or for an operator.
     pub(super) fn head_fails(&mut self, key: i32, due: Option<Instant>) {
         let memory_is_short = self.memory_is_short();
-        let Some(successors) = self.keys.get_mut(&key).filter(|_| self.plan.order == Order::Key) else {
+        let Some(successors) = self
+            .keys
+            .get_mut(key)
+            .filter(|_| self.plan.order == MessageOrder::Key)
+        else {
             return;
         };
         successors.failing = true;
@@ -125,21 +200,21 @@ impl Executor {
     }
 
     /// Forgets what waits in memory. What has a row that an operator may change stays.
-    fn park_queue(&mut self, key: i32) {
-        let Some(successors) = self.keys.get_mut(&key) else {
+    pub(super) fn park_queue(&mut self, key: i32) {
+        let Some(successors) = self.keys.get_mut(key) else {
             return;
         };
         successors.unrecorded.clear();
         let mut first = None;
         for job in std::mem::take(&mut successors.queue) {
-            if self.failing.contains_key(&job.offset) {
+            if self.failing.has(job.offset) {
                 successors.queue.push_back(job);
             } else if job.stored {
                 // A copy.
                 let parked = successors.parked.get_or_insert_default();
                 parked.copies = parked.copies.into_iter().chain([job.offset]).min();
             } else {
-                self.unsettled.remove(&job.offset);
+                self.lanes.let_go(job.offset);
                 first.get_or_insert(job.offset);
             }
         }
@@ -150,12 +225,12 @@ impl Executor {
 
     /// Half the window is left to the keys that do not fail.
     fn memory_is_short(&self) -> bool {
-        self.unsettled.len() > self.plan.window / 2
+        self.lanes.unsettled() > self.plan.window / 2
     }
 
     /// A message that comes is parked.
     fn park(&mut self, key: i32, offset: i64) {
-        let Some(successors) = self.keys.get(&key) else {
+        let Some(successors) = self.keys.get(key) else {
             return;
         };
         // Few keys that fail slowly may be all there are. One that waits for long says nothing of the others.
@@ -163,14 +238,14 @@ impl Executor {
         if successors.parked.is_none_or(|parked| parked.log.is_none()) {
             self.park_from(key, offset);
         }
-        if counts && self.breaker.parked(Instant::now()) {
+        if counts && self.admission.breaker.parked(Instant::now()) {
             self.warn_open();
         }
     }
 
     /// From this offset on the key's messages are parked.
-    fn park_from(&mut self, key: i32, offset: i64) {
-        if let Some(successors) = self.keys.get_mut(&key) {
+    pub(super) fn park_from(&mut self, key: i32, offset: i64) {
+        if let Some(successors) = self.keys.get_mut(key) {
             successors.parked.get_or_insert_default().log = Some(offset);
             self.note_parked(key);
         }
@@ -178,24 +253,18 @@ impl Executor {
 
     /// Notes from where on a key is parked, for the next report.
     pub(super) fn note_parked(&mut self, key: i32) {
-        let lane = lane_of_key(key, self.lane_count);
-        let Some(epoch) = self.epoch(lane) else { return };
-        let offset = self.parked(key).and_then(|parked| parked.log);
-        self.journal
-            .parked
-            .insert(key, ParkedFrom { lane, epoch, offset });
-        self.dirty = true;
-    }
-
-    /// Where the parked messages of a key are.
-    pub(super) fn parked(&self, key: i32) -> Option<Parked> {
-        self.keys.get(&key)?.parked
-    }
-
-    /// By its offset among those in memory.
-    pub(super) fn insert_successor(&mut self, key: i32, job: Job) {
-        let queue = &mut self.keys.entry(key).or_default().queue;
-        let place = queue.partition_point(|other| other.offset < job.offset);
-        queue.insert(place, job);
+        let lane = self.lanes.of_key(key);
+        let Some(epoch) = self.lanes.epoch(lane) else {
+            return;
+        };
+        let offset = self.keys.parked(key).and_then(|parked| parked.log);
+        let waits_for = self.keys.get(key).and_then(|of| of.waits_for.clone());
+        let parked = ParkedFrom {
+            lane,
+            epoch,
+            offset,
+            waits_for,
+        };
+        self.reporter.parks(key, parked);
     }
 }

@@ -1,20 +1,36 @@
 //! Reporting: how far everything is settled and what became of the rest, to the session; and what waits for it to be recorded.
 
-use std::panic::AssertUnwindSafe;
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use futures_util::FutureExt;
 use tokio::sync::oneshot;
-use tracing::warn;
 
 use super::Executor;
-use crate::dead_letter::DeadLetter;
-use crate::handler::DeadLetterHook;
-use crate::progress::{Intake, LanePosition, Snapshot};
+use crate::handler::Telling;
+use crate::ids::{Epoch, Lane};
+use crate::protocol::journal::{Entry, Journal, Needs, ParkedFrom};
+use crate::protocol::progress::{Intake, LanePosition, Progress, Snapshot};
 
 /// How often progress is told under load.
-pub(super) const REPORT_EVERY: Duration = Duration::from_millis(50);
+const REPORT_EVERY: Duration = Duration::from_millis(50);
+
+/// What is told to the session: what became of messages since the last report, and when the next one is due.
+pub(super) struct Reporter {
+    /// What the next report says beside how far everything is settled.
+    journal: Journal,
+    /// What is to be done once it is recorded.
+    afterwards: Vec<Afterwards>,
+    /// Reports that are not yet recorded.
+    recording: VecDeque<Recording>,
+    /// How many messages their journals have.
+    unrecorded: usize,
+    /// There is something to report.
+    dirty: bool,
+    /// Somebody waits for the next report to be recorded.
+    urgent: bool,
+    reported: Instant,
+}
 
 /// What is done once a report is recorded.
 pub(super) enum Afterwards {
@@ -24,50 +40,118 @@ pub(super) enum Afterwards {
     TakenUp { key: i32, load: u64 },
     /// A message is among the dead letters.
     Buried {
-        lane: u16,
-        epoch: i32,
+        lane: Lane,
+        epoch: Epoch,
         /// The key that goes on.
         key: Option<i32>,
-        hook: Option<(DeadLetterHook, Box<DeadLetter>)>,
+        telling: Option<Box<Telling>>,
     },
 }
 
 /// A report that is not yet recorded.
-pub(super) struct Recording {
+struct Recording {
     number: u64,
     /// The messages of its journal.
     offsets: Vec<i64>,
     afterwards: Vec<Afterwards>,
 }
 
-impl Executor {
-    /// Every 50 ms under load, at once when there is nothing more to do or somebody waits.
-    pub(super) fn report(&mut self) {
-        self.gauge();
-        if self.membership.is_none() {
-            self.dirty = false;
-            return;
-        }
-        let idle = self.unsettled.is_empty() && self.streams.iter().all(|stream| stream.at_head);
-        if self.dirty && (idle || self.urgent || self.reported.elapsed() >= REPORT_EVERY) {
-            self.calm();
-            self.put_report();
+impl Reporter {
+    pub(super) fn new() -> Self {
+        Self {
+            journal: Journal::default(),
+            afterwards: Vec::new(),
+            recording: VecDeque::new(),
+            unrecorded: 0,
+            dirty: false,
+            urgent: false,
+            reported: Instant::now(),
         }
     }
 
-    pub(super) fn report_soon(&mut self) {
+    /// There is something new.
+    pub(super) fn mark(&mut self) {
+        self.dirty = true;
+    }
+
+    /// And somebody waits for it to be recorded.
+    pub(super) fn hurry(&mut self) {
         self.dirty = true;
         self.urgent = true;
     }
 
-    pub(super) fn put_report(&mut self) {
-        let Some(membership) = &self.membership else {
-            return;
-        };
-        let progress = membership.progress.clone();
+    /// Nobody is told.
+    fn is_of_no_use(&mut self) {
+        self.dirty = false;
+    }
+
+    /// What became of a message.
+    pub(super) fn note(&mut self, offset: i64, entry: Entry) {
+        self.journal.put(offset, entry);
+        self.dirty = true;
+    }
+
+    /// From where on a key is parked.
+    pub(super) fn parks(&mut self, key: i32, parked: ParkedFrom) {
+        self.journal.parked.insert(key, parked);
+        self.dirty = true;
+    }
+
+    /// What a lane needs.
+    pub(super) fn needs(&mut self, lane: Lane, needs: Needs) {
+        self.journal.needs.insert(lane, needs);
+        self.dirty = true;
+    }
+
+    /// A lane got past what its dead owners were doing.
+    pub(super) fn is_past(&mut self, lane: Lane) {
+        self.journal.cleared.push(lane);
+        self.dirty = true;
+    }
+
+    /// Lanes that have another owner: nothing is said of them.
+    pub(super) fn forget(&mut self, lanes: &[Lane]) {
+        self.journal.forget(lanes);
+    }
+
+    /// Once the next report is recorded.
+    pub(super) fn then(&mut self, what: Afterwards) {
+        self.afterwards.push(what);
+    }
+
+    /// Somebody waits who is not to wait for long, if anything waits for the next report.
+    pub(super) fn hurry_if_awaited(&mut self) {
+        self.urgent |= !self.afterwards.is_empty();
+    }
+
+    /// Messages that were noted and are not on record yet.
+    pub(super) fn unrecorded(&self) -> usize {
+        self.unrecorded + self.journal.entries.len()
+    }
+
+    /// Whether something was noted of this message that is not recorded yet: what the database says of it is old.
+    pub(super) fn is_unrecorded(&self, offset: i64) -> bool {
+        let reported = self
+            .recording
+            .iter()
+            .any(|report| report.offsets.contains(&offset));
+        reported || self.journal.entries.contains_key(&offset)
+    }
+
+    /// Every 50 ms under load, at once when there is nothing more to do or somebody waits.
+    fn is_due(&self, is_idle: bool) -> bool {
+        self.dirty && (is_idle || self.urgent || self.reported.elapsed() >= REPORT_EVERY)
+    }
+
+    /// When the next report is due.
+    pub(super) fn due_at(&self) -> Option<Instant> {
+        self.dirty.then(|| self.reported + REPORT_EVERY)
+    }
+
+    fn put(&mut self, progress: &Progress, snapshot: Snapshot) {
         let journal = std::mem::take(&mut self.journal);
         let offsets: Vec<i64> = journal.entries.keys().copied().collect();
-        let number = progress.put(self.snapshot(|_| true), journal, self.urgent);
+        let number = progress.put(snapshot, journal, self.urgent);
         if !offsets.is_empty() || !self.afterwards.is_empty() {
             self.unrecorded += offsets.len();
             self.recording.push_back(Recording {
@@ -81,30 +165,42 @@ impl Executor {
         self.reported = Instant::now();
     }
 
-    /// Reports up to this number are in the database.
-    pub(super) fn recorded(&mut self, number: u64) {
-        while self
-            .recording
-            .front()
-            .is_some_and(|report| report.number <= number)
-        {
-            let Some(report) = self.recording.pop_front() else {
-                return;
-            };
-            self.unrecorded -= report.offsets.len();
-            for afterwards in report.afterwards {
-                self.carry_on(afterwards);
-            }
+    /// The first report up to this number is in the database; what waited for it.
+    fn recorded(&mut self, number: u64) -> Option<Vec<Afterwards>> {
+        let report = self.recording.pop_front_if(|report| report.number <= number)?;
+        self.unrecorded -= report.offsets.len();
+        Some(report.afterwards)
+    }
+}
+
+impl Executor {
+    pub(super) fn report(&mut self) {
+        self.gauge();
+        if self.session.membership.is_none() {
+            self.reporter.is_of_no_use();
+            return;
+        }
+        let is_idle = self.lanes.is_settled() && self.reader.is_at_head();
+        if self.reporter.is_due(is_idle) {
+            self.leave_quarantine();
+            self.put_report();
         }
     }
 
-    /// Whether something was noted of this message that is not recorded yet: what the database says of it is old.
-    pub(super) fn is_unrecorded(&self, offset: i64) -> bool {
-        let reported = self
-            .recording
-            .iter()
-            .any(|report| report.offsets.contains(&offset));
-        reported || self.journal.entries.contains_key(&offset)
+    pub(super) fn put_report(&mut self) {
+        if let Some(membership) = &self.session.membership {
+            let progress = membership.progress.clone();
+            self.reporter.put(&progress, self.snapshot(|_| true));
+        }
+    }
+
+    /// Reports up to this number are in the database.
+    pub(super) fn recorded(&mut self, number: u64) {
+        while let Some(afterwards) = self.reporter.recorded(number) {
+            for afterwards in afterwards {
+                self.carry_on(afterwards);
+            }
+        }
     }
 
     fn carry_on(&mut self, afterwards: Afterwards) {
@@ -118,13 +214,13 @@ impl Executor {
                 lane,
                 epoch,
                 key,
-                hook,
+                telling,
             } => {
-                if let Some((hook, letter)) = hook {
-                    tokio::spawn(tell(hook, *letter));
+                if let Some(telling) = telling {
+                    tokio::spawn(telling.tell(self.plan.hooks.clone()));
                 }
                 if let Some(key) = key
-                    && self.epoch(lane) == Some(epoch)
+                    && self.lanes.epoch(lane) == Some(epoch)
                 {
                     self.release_key(key);
                 }
@@ -133,7 +229,7 @@ impl Executor {
     }
 
     pub(super) fn intake(&self) -> Intake {
-        if self.breaker.is_open() {
+        if self.admission.breaker.is_open() {
             Intake::Open
         } else if self.failing.len() >= self.most_failing() {
             Intake::Full
@@ -143,43 +239,39 @@ impl Executor {
     }
 
     /// This instance's share of what may fail at once.
-    fn most_failing(&self) -> usize {
-        (self.plan.max_failing * self.lanes.len() / usize::from(self.lane_count).max(1)).max(1)
+    pub(super) fn most_failing(&self) -> usize {
+        let (owned, all) = (self.lanes.owned(), usize::from(self.lanes.count()));
+        (self.plan.max_failing * owned / all.max(1)).max(1)
     }
 
     fn gauge(&self) {
         let counters = &self.plan.counters;
-        let retrying = if self.membership.is_some() {
+        let retrying = if self.session.membership.is_some() {
             self.failing.len()
         } else {
-            self.retries.len()
+            self.queue.retries()
         };
         counters.retrying.store(retrying as u64, Ordering::Relaxed);
-        counters.halted.store(self.halted.len() as u64, Ordering::Relaxed);
+        let halted = self.failing.halted() as u64;
+        counters.halted.store(halted, Ordering::Relaxed);
         counters.set_intake(self.intake());
     }
 
-    pub(super) fn snapshot(&self, include: impl Fn(u16) -> bool) -> Snapshot {
+    pub(super) fn snapshot(&self, include: impl Fn(Lane) -> bool) -> Snapshot {
         let mut snapshot = Snapshot::default();
-        for (number, lane) in self.lanes.iter().filter(|(number, _)| include(**number)) {
-            let next = self
-                .streams
-                .iter()
-                .find(|s| s.lanes.contains(number))
-                .map(|s| s.next);
-            let next = next
-                .or_else(|| self.draining.get(number).copied())
-                .unwrap_or(lane.cut);
+        for (number, lane) in self.lanes.iter().filter(|(number, _)| include(*number)) {
+            let next = self.reader.next_of(number);
+            let next = next.or_else(|| self.lanes.drained_at(number)).unwrap_or(lane.cut);
             // Before a lane is read up to where it was claimed, what was settled then is still settled.
             let unread = lane.pending.iter().filter(|offset| **offset >= next);
-            snapshot.pending.extend(unread.map(|offset| (*offset, *number)));
+            snapshot.pending.extend(unread.map(|offset| (*offset, number)));
             snapshot.lanes.push(LanePosition {
-                lane: *number,
+                lane: number,
                 epoch: lane.epoch,
                 position: next.max(lane.cut),
             });
         }
-        let unsettled = self.unsettled.iter().map(|(offset, lane)| (*offset, *lane));
+        let unsettled = self.lanes.all_unsettled();
         snapshot
             .pending
             .extend(unsettled.filter(|(_, lane)| include(*lane)));
@@ -188,12 +280,41 @@ impl Executor {
     }
 }
 
-async fn tell(hook: DeadLetterHook, letter: DeadLetter) {
-    let (group, id) = (letter.group.clone(), letter.id);
-    let error = match AssertUnwindSafe(hook(letter)).catch_unwind().await {
-        Ok(Ok(())) => return,
-        Ok(Err(error)) => error,
-        Err(panic) => super::panicked(panic),
-    };
-    warn!(%group, %id, %error, "the hook for dead letters failed");
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Epoch;
+    use crate::protocol::journal::Disposition;
+
+    fn noted(reporter: &mut Reporter, offset: i64) {
+        let entry = Entry::new(Lane::of(0, 1), Epoch(1), Disposition::Retry, 1);
+        reporter.note(offset, entry);
+        reporter.then(Afterwards::TakenUp {
+            key: offset as i32,
+            load: 0,
+        });
+    }
+
+    #[test]
+    fn what_waits_for_a_report_goes_on_once_that_one_is_recorded() {
+        let (progress, mut reporter) = (Progress::new(Default::default()), Reporter::new());
+        let put = |reporter: &mut Reporter| reporter.put(&progress, Snapshot::default());
+        noted(&mut reporter, 7);
+        assert!(reporter.is_unrecorded(7) && reporter.is_due(true));
+        put(&mut reporter);
+        assert!(!reporter.is_due(true), "it was reported");
+        // One for which nothing waits, and one for which something does.
+        reporter.mark();
+        put(&mut reporter);
+        noted(&mut reporter, 8);
+        put(&mut reporter);
+        assert_eq!(reporter.unrecorded(), 2);
+        assert!(reporter.recorded(0).is_none());
+        let first = reporter.recorded(2).unwrap();
+        assert!(matches!(first[..], [Afterwards::TakenUp { key: 7, .. }]));
+        assert!(reporter.recorded(2).is_none());
+        assert!(!reporter.is_unrecorded(7) && reporter.is_unrecorded(8));
+        assert!(reporter.recorded(3).is_some());
+        assert_eq!(reporter.unrecorded(), 0);
+    }
 }

@@ -7,64 +7,81 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::task::{Id, JoinError};
+use tokio::task::Id;
 use tracing::{info, warn};
 
-use super::{Ended, Event, Executor, Job, Jobs, Running};
-use crate::block::Record;
-use crate::breaker::Allowed;
-use crate::checkout::Checkout;
+use super::runs::{Ended, Joined, Running};
+use super::{Event, Executor, Job, Jobs};
+use crate::connections::Checkout;
+use crate::executor::settlement::{self, Fence, Source, Verdict};
 use crate::extract::Invocation;
-use crate::handler::{HandlerError, Order, Outcome};
-use crate::journal::Fate;
-use crate::progress::{Counters, Intake};
-use crate::settlement::{self, Fence, Source, Verdict};
+use crate::handler::MessageOrder;
+use crate::ids::{Epoch, Lane};
+use crate::log::block::Record;
+use crate::outcome::{HandlerError, Outcome, panicked, timed_out};
+use crate::protocol::journal::Disposition;
+use crate::protocol::progress::{Counters, Intake};
 
 /// The wait before a transaction that could not begin is tried again.
 const INFRASTRUCTURE_WAIT: Duration = Duration::from_millis(200);
 
 impl Executor {
     /// A message that was read: runs it, or queues it behind its key or for want of room.
-    pub(super) fn admit(&mut self, record: Record, offset: i64, lane: u16) {
-        if let Some(seen) = &mut self.seen
-            && !seen.is_new(offset, record.message().seq)
-        {
+    pub(super) fn admit(&mut self, record: Record, offset: i64, lane: Lane) {
+        if !self.reader.is_new(offset, record.message().id) {
             return;
         }
-        let Some(job) = self.job(record, offset, lane) else {
+        let Some(mut job) = self.job(record, offset, lane) else {
             return;
         };
+        let doubt = self.resolve(&mut job);
         if let Some(job) = self.queue_behind_its_key(job) {
-            if job.handler.batch > 1
-                || self.running.len() >= self.plan.concurrency
-                || !self.ready.is_empty()
-                || self.breaker.is_open()
-                || (self.throttle.is_limited() && !self.throttle.allows(Instant::now()))
+            let job = match doubt {
+                Some(_) => job,
+                None => match self.if_its_turn(job) {
+                    Some(job) => job,
+                    None => return,
+                },
+            };
+            if let Some(failure) = doubt {
+                self.lanes.hold(offset, lane);
+                self.failed(job, failure);
+            } else if job.handler.batch > 1
+                || !self.has_room()
+                || !self.queue.is_empty()
+                || self.admission.breaker.is_open()
+                || (self.admission.throttle.is_limited() && !self.admission.throttle.allows(Instant::now()))
             {
-                self.unsettled.insert(offset, lane);
+                self.lanes.hold(offset, lane);
                 self.hold_key(&job);
-                self.ready.push_back(job);
+                self.queue.push(job);
             } else {
                 self.start(job.into());
             }
         }
     }
 
-    /// With the handler that takes it; `None` if none does and that is no error.
-    pub(super) fn job(&self, record: Record, offset: i64, lane: u16) -> Option<Job> {
-        let handler = match self.plan.router.find(record.message().message_type.as_deref()) {
-            Some(handler) => handler.clone(),
-            None => {
-                Counters::add(&self.plan.counters.unknown);
-                self.plan.unknown.clone()?
-            }
+    /// With the handler that takes it; `None` if no live instance has one and it is settled therefore.
+    pub(super) fn job(&self, record: Record, offset: i64, lane: Lane) -> Option<Job> {
+        let found = match record.message().unreadable {
+            None => self.plan.router.find(record.message().message_type.as_deref()),
+            // Its type is not known either; any handler has the policy for what is given up.
+            Some(_) => self.plan.router.handlers().next(),
+        };
+        let (handler, unknown) = match found {
+            Some(handler) => (handler.clone(), false),
+            None if self.settles_unknown(&record) => return None,
+            None => (self.plan.unknown.clone(), true),
         };
         let key = match self.plan.order {
-            Order::Key => record.message().key_hash,
-            Order::Topic => Some(0),
-            Order::None => None,
+            MessageOrder::Key => record.message().key_hash,
+            MessageOrder::Topic => Some(0),
+            MessageOrder::None => None,
         };
-        let limit = handler.batch;
+        let limit = match record.message().unreadable {
+            None => handler.batch,
+            Some(_) => 1,
+        };
         let mut job = Job {
             record,
             handler,
@@ -76,6 +93,7 @@ impl Executor {
             stored: false,
             suspect: false,
             halted: false,
+            unknown,
             limit,
             ready_since: None,
         };
@@ -85,23 +103,27 @@ impl Executor {
 
     /// Starts what is ready or due again; says whether there was anything.
     pub(super) fn start_ready(&mut self) -> bool {
-        if !self.open {
+        if !self.admission.is_open() {
             return false;
         }
         let now = Instant::now();
-        match self.breaker.allowed(now) {
-            Allowed::All => self.start_all(now),
-            Allowed::Probe => self.start_probe(now),
-            Allowed::Nothing => false,
+        if !self.admission.breaker.is_open() {
+            return self.start_all(now);
         }
+        let failed = self.start_failed(now);
+        self.start_probe(now) || failed
     }
 
     fn start_all(&mut self, now: Instant) -> bool {
         while let Some(job) = self.due_retry(now) {
-            self.ready.push_back(job);
+            self.queue.push(job);
         }
         let mut budget = super::intake::INTAKE;
-        while budget > 0 && self.has_room() && !self.breaker.is_open() && self.throttle.allows(now) {
+        while budget > 0
+            && self.has_room()
+            && !self.admission.breaker.is_open()
+            && self.admission.throttle.allows(now)
+        {
             let Some(jobs) = self.next_ready(now) else { break };
             budget = budget.saturating_sub(jobs.len());
             self.start(jobs);
@@ -112,78 +134,107 @@ impl Executor {
     /// When so many fail that no more may, only what failed already runs.
     fn next_ready(&mut self, now: Instant) -> Option<Jobs> {
         match self.intake() {
-            Intake::Full => self.ready.pop_failed().map(Jobs::from),
+            Intake::Full => self.queue.pop_failed().map(Jobs::from),
             _ => self.next_jobs(now),
         }
     }
 
-    /// One message, to see whether the handler works again.
+    /// With the breaker open, what failed before is due as its policy says: so it succeeds or is given up when it would be anyway.
+    fn start_failed(&mut self, now: Instant) -> bool {
+        while let Some(job) = self.due_retry(now) {
+            self.queue.push(job);
+        }
+        let mut started = 0;
+        while started < super::intake::INTAKE
+            && self.has_room()
+            && self.admission.breaker.is_open()
+            && self.admission.throttle.allows(now)
+            && let Some(job) = self.queue.pop_failed()
+        {
+            self.start(job.into());
+            started += 1;
+        }
+        started > 0
+    }
+
+    /// One message that has not run yet, to see whether the handler works again.
     fn start_probe(&mut self, now: Instant) -> bool {
-        if !self.has_room() || !self.throttle.allows(now) {
+        if !self.admission.breaker.wants_probe(now)
+            || self.failing.len() >= self.most_failing()
+            || !self.has_room()
+            || !self.admission.throttle.allows(now)
+        {
             return false;
         }
-        let Some(job) = self.due_retry(now).or_else(|| self.ready.pop()) else {
+        let Some(job) = self.queue.pop() else {
             return false;
         };
-        self.breaker.probes(job.offset);
+        info!(
+            group = %self.plan.group, topic = %self.plan.topic, id = %job.record.message().id, offset = job.offset,
+            "the breaker is open: trying this message"
+        );
+        self.admission.breaker.probes(job.offset);
         self.start(job.into());
         true
     }
 
     fn due_retry(&mut self, now: Instant) -> Option<Job> {
-        let entry = self.retries.first_entry().filter(|entry| entry.key().0 <= now)?;
-        let mut job = entry.remove();
-        job.is_ready();
-        Some(job)
+        loop {
+            let mut job = self.queue.due(now)?;
+            job.is_ready();
+            if let Some(job) = self.if_its_turn(job) {
+                return Some(job);
+            }
+        }
     }
 
     /// A probe is due, and nothing that is in memory can be it.
-    pub(super) fn wants_probe(&self) -> bool {
-        let now = Instant::now();
-        self.breaker.allowed(now) == Allowed::Probe
-            && self.ready.is_empty()
-            && self.retries.keys().next().is_none_or(|(due, _)| *due > now)
+    pub(super) fn lacks_probe(&self) -> bool {
+        self.admission.breaker.wants_probe(Instant::now())
+            && self.failing.len() < self.most_failing()
+            && self.queue.is_empty()
     }
 
     /// When something is to be started that waits only for the time.
     pub(super) fn next_start(&self, now: Instant) -> Option<Instant> {
-        if !self.open {
+        if !self.admission.is_open() {
             return None;
         }
-        let throttled = self.throttle.ready_at();
-        let next = || {
-            let ready = throttled.filter(|_| !self.ready.is_empty());
-            let ready = ready
+        let throttled = self.admission.throttle.ready_at();
+        let ready = throttled.filter(|_| !self.queue.is_empty());
+        let is_open = self.admission.breaker.is_open();
+        let ready = match is_open {
+            true => ready.filter(|_| self.has_room()),
+            false => ready
                 .or_else(|| self.next_filled())
-                .filter(|_| self.has_room() && self.intake() != Intake::Full);
-            let retry = self.retries.keys().next().map(|(due, _)| *due);
-            let retry = retry.map(|due| throttled.map_or(due, |at| due.max(at)));
-            [ready, retry].into_iter().flatten().min()
+                .filter(|_| self.has_room() && self.intake() != Intake::Full),
         };
-        match self.breaker.allowed(now) {
-            Allowed::All => next(),
-            Allowed::Probe if self.has_room() => next(),
-            Allowed::Probe => None,
-            Allowed::Nothing => self.breaker.wakes_at(),
-        }
+        let retry = self.queue.next_retry();
+        let retry = retry.map(|due| throttled.map_or(due, |at| due.max(at)));
+        // One that is due already waits for something else.
+        let probe = self.admission.breaker.wakes_at().filter(|at| *at > now);
+        [ready, retry, probe].into_iter().flatten().min()
     }
 
     fn has_room(&self) -> bool {
-        self.running.len() < self.plan.concurrency
+        self.runs.len() < self.plan.concurrency
     }
 
     pub(super) fn start(&mut self, jobs: Jobs) {
         // No message of a batch had expired when it was put together, and none is a suspect.
         let single = jobs.others.is_empty();
+        if single && jobs.first.record.message().unreadable.is_some() {
+            return self.bury_unread(jobs.first);
+        }
         if single && self.has_expired(&jobs.first) {
             return self.expire(jobs.first);
         }
-        self.throttle.spend(jobs.len());
+        self.admission.throttle.spend(jobs.len());
         if single && self.is_suspect(&jobs.first) {
-            return self.put_on_trial(jobs.first);
+            return self.put_in_quarantine(jobs.first);
         }
         if jobs.handler().transactional {
-            let checkout = self.checkouts.pop().filter(Checkout::may_stay);
+            let checkout = self.runs.checkout();
             return match self.transaction(&jobs, checkout) {
                 Ok(run) => self.spawn(jobs, run),
                 Err(verdict) => self.concluded(jobs, verdict),
@@ -191,10 +242,10 @@ impl Executor {
         }
         let invocation = self.invocation(&jobs);
         let mut run = AssertUnwindSafe(jobs.handler().call(invocation)).catch_unwind();
-        if self.inline_cost.allows() {
+        if self.admission.inline_cost.allows() {
             let begun = Instant::now();
             let poll = run.poll_unpin(&mut Context::from_waker(Waker::noop()));
-            self.inline_cost.spent(begun.elapsed());
+            self.admission.inline_cost.spent(begun.elapsed());
             if let Poll::Ready(result) = poll {
                 let outcome = result.unwrap_or_else(|panic| Err(panicked(panic)));
                 return self.concluded(jobs, Verdict::from(outcome));
@@ -222,7 +273,8 @@ impl Executor {
         jobs: &Jobs,
         checkout: Option<Checkout>,
     ) -> Result<impl Future<Output = (Verdict, Option<Checkout>)> + Send + use<>, Verdict> {
-        let Some(membership) = &self.membership else {
+        let (Some(membership), Some(transactions)) = (&self.session.membership, &self.plan.transactions)
+        else {
             return Err(Verdict::from(Err(HandlerError::retry(
                 "a broadcast from memory has no Tx",
             ))));
@@ -231,13 +283,14 @@ impl Executor {
             consumer: membership.consumer,
             subscription: membership.subscription,
             lanes: (jobs.lanes().into_iter())
-                .map(|lane| (lane, self.epoch(lane).unwrap_or(-1)))
+                .map(|lane| (lane, self.lanes.epoch(lane).unwrap_or(Epoch::OF_NOBODY)))
                 .collect(),
             messages: jobs.iter().map(|job| (job.lane, job.offset)).collect(),
             stored: jobs.first.stored,
         };
         let source = Source {
-            pool: self.plan.pool.clone(),
+            share: transactions.share.clone(),
+            statements: transactions.statements.clone(),
             ready_since: jobs.iter().filter_map(|job| job.ready_since).max(),
             checkout,
         };
@@ -249,7 +302,7 @@ impl Executor {
         ))
     }
 
-    fn invocation(&self, jobs: &Jobs) -> Invocation {
+    pub(super) fn invocation(&self, jobs: &Jobs) -> Invocation {
         Invocation {
             topic: self.plan.topic.clone(),
             group: self.plan.group.clone(),
@@ -258,6 +311,7 @@ impl Executor {
             attempt: jobs.first.attempt,
             states: self.plan.states.clone(),
             tx: None,
+            letter: None,
         }
     }
 
@@ -268,27 +322,15 @@ impl Executor {
     ) {
         for job in jobs.iter() {
             if !job.stored {
-                self.unsettled.insert(job.offset, job.lane);
+                self.lanes.hold(job.offset, job.lane);
             }
             self.hold_key(job);
-            if let Some(lane) = self.lanes.get_mut(&job.lane) {
-                lane.running += 1;
-            }
+            self.lanes.run_begins(job.lane);
         }
-        let first = jobs.first.offset;
-        let lanes = jobs.iter().map(|job| job.lane).collect();
-        let abort = self.tasks.spawn(async move {
-            let (verdict, checkout) = run.await;
-            Ended::Run {
-                jobs,
-                verdict,
-                checkout,
-            }
-        });
-        self.running.insert(abort.id(), Running { abort, first, lanes });
+        self.runs.start(jobs, run);
     }
 
-    pub(super) fn ended(&mut self, ended: Result<(Id, Ended), JoinError>) {
+    pub(super) fn ended(&mut self, ended: Joined) {
         match ended {
             Ok((
                 id,
@@ -298,8 +340,7 @@ impl Executor {
                     checkout,
                 },
             )) => {
-                // Dropped, it is the pool's again.
-                self.checkouts.extend(checkout.filter(Checkout::may_stay));
+                self.runs.keep(checkout);
                 self.no_longer_runs(id);
                 self.concluded(jobs, verdict);
             }
@@ -307,7 +348,7 @@ impl Executor {
             // Handlers' panics are caught, so this one was aborted with its lane.
             Err(error) => {
                 if let Some(first) = self.no_longer_runs(error.id()) {
-                    self.breaker.inconclusive(first);
+                    self.admission.breaker.inconclusive(first);
                 }
             }
         }
@@ -315,13 +356,11 @@ impl Executor {
 
     /// Gives the offset of the run's first message.
     fn no_longer_runs(&mut self, run: Id) -> Option<i64> {
-        let Running { first, lanes, .. } = self.running.remove(&run)?;
+        let Running { first, lanes, .. } = self.runs.take(run)?;
         for lane in lanes {
-            if let Some(lane) = self.lanes.get_mut(&lane) {
-                lane.running -= 1;
-            }
+            self.lanes.run_ended(lane);
         }
-        self.trial_ended(first);
+        self.quarantined_ended(first);
         Some(first)
     }
 
@@ -337,7 +376,7 @@ impl Executor {
             Verdict::Failed(failure) => self.run_failed(jobs, failure),
             Verdict::Unavailable(error) => {
                 warn!(group = %self.plan.group, topic = %self.plan.topic, error, "cannot run a transactional handler; trying again");
-                self.breaker.inconclusive(offset);
+                self.admission.breaker.inconclusive(offset);
                 self.all_again(jobs, INFRASTRUCTURE_WAIT);
             }
             // Whether it committed is known only once the lane is claimed again, which shuts out a commit still on its way.
@@ -346,14 +385,15 @@ impl Executor {
                     group = %self.plan.group, topic = %self.plan.topic, offset, error,
                     "lost the connection while committing; claiming the lane again to see what became of it"
                 );
-                self.breaker.inconclusive(offset);
+                self.admission.breaker.inconclusive(offset);
+                self.doubt(&jobs, &error);
                 jobs.lanes().into_iter().for_each(|lane| self.drain(lane));
             }
             Verdict::Stale => {
-                self.breaker.inconclusive(offset);
+                self.admission.breaker.inconclusive(offset);
                 // It is not said which of a batch, and the others are to be handled here: by what the next claim finds.
                 jobs.lanes().into_iter().for_each(|lane| self.drain(lane));
-                if let Some(membership) = &self.membership {
+                if let Some(membership) = &self.session.membership {
                     let _ = membership.events.send(Event::Stale);
                 }
             }
@@ -362,7 +402,7 @@ impl Executor {
 
     /// The handler does its work.
     pub(super) fn works(&mut self) {
-        if self.breaker.succeeded() {
+        if self.admission.breaker.succeeded() {
             info!(group = %self.plan.group, topic = %self.plan.topic, "the handler works again: the breaker is closed");
         }
     }
@@ -392,12 +432,13 @@ impl Executor {
     }
 
     /// Its key is still held.
-    fn is_settled(&mut self, job: &Job) {
-        self.dirty = true;
-        self.unsettled.remove(&job.offset);
+    pub(super) fn is_settled(&mut self, job: &Job) {
+        self.reporter.mark();
+        self.has_moved(job.lane);
+        self.lanes.let_go(job.offset);
         if job.stored {
-            self.failing.remove(&job.offset);
-            self.note(job, Fate::Done, None, None);
+            self.failing.remove(job.offset);
+            self.note(job, Disposition::Done, None, None);
         }
     }
 }
@@ -411,21 +452,6 @@ async fn in_time(
         Err(_) => Err(timed_out(timeout)),
     };
     (Verdict::from(outcome), None)
-}
-
-pub(crate) fn panicked(panic: Box<dyn std::any::Any + Send>) -> HandlerError {
-    let what = panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".to_owned());
-    HandlerError::retry(format!("the handler panicked: {what}"))
-}
-
-pub(crate) fn timed_out(timeout: Duration) -> HandlerError {
-    HandlerError::retry(format!(
-        "the handler took longer than its timeout of {timeout:?} and was cancelled"
-    ))
 }
 
 impl From<Outcome> for Verdict {

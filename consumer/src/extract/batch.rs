@@ -1,9 +1,10 @@
 //! Many messages at once.
 
+use std::collections::BTreeMap;
 use std::ops::Deref;
 
-use super::{Delivery, Extract, Invocation, State, Tx};
-use crate::handler::{HandlerDefinition, HandlerError};
+use super::{Delivery, Extract, Invocation, Needs, State, Tx};
+use crate::outcome::{Decision, HandlerError};
 
 /// The messages of one run of a handler: as many as are ready, up to the handler's `batch`, and at least one. `T` is what a handler of one message would
 /// take: a message, [`Json`](super::Json) or [`Raw`](super::Raw).
@@ -18,6 +19,8 @@ use crate::handler::{HandlerDefinition, HandlerError};
 /// itself from then on) and holds its key; so decisions such as [`HandlerError::discard`] mean something of a single message only, but for
 /// [`HandlerError::postpone`], which is of them all. A handler whose effect is not in a `Tx` therefore sees the messages of a failed batch again.
 /// One that knows which of them failed returns a [`BatchResult`](crate::BatchResult) and need not be asked.
+///
+/// **Undecodable.** A message that `T` cannot be made from is a dead letter at once (or retried, as the handler's `undecodable` says), and the batch runs without it.
 ///
 /// ```
 /// use postbox::Message;
@@ -37,17 +40,33 @@ use crate::handler::{HandlerDefinition, HandlerError};
 /// ```
 #[derive(Debug, Clone)]
 pub struct Batch<T> {
-    items: Vec<Item<T>>,
+    items: Vec<BatchItem<T>>,
 }
 
 /// A message of a [`Batch`].
 #[derive(Debug, Clone)]
 #[non_exhaustive]
-pub struct Item<T> {
+pub struct BatchItem<T> {
     /// The message.
     pub message: T,
     /// What is known of it beside its payload.
     pub delivery: Delivery,
+}
+
+impl<T> BatchItem<T> {
+    /// A message with its delivery, for a test of a handler.
+    pub fn new(message: T, delivery: Delivery) -> Self {
+        Self { message, delivery }
+    }
+}
+
+/// For a test of a handler.
+impl<T> FromIterator<BatchItem<T>> for Batch<T> {
+    fn from_iter<I: IntoIterator<Item = BatchItem<T>>>(items: I) -> Self {
+        Self {
+            items: items.into_iter().collect(),
+        }
+    }
 }
 
 impl<T> Batch<T> {
@@ -58,16 +77,16 @@ impl<T> Batch<T> {
 }
 
 impl<T> Deref for Batch<T> {
-    type Target = [Item<T>];
+    type Target = [BatchItem<T>];
 
-    fn deref(&self) -> &[Item<T>] {
+    fn deref(&self) -> &[BatchItem<T>] {
         &self.items
     }
 }
 
 impl<T> IntoIterator for Batch<T> {
-    type Item = Item<T>;
-    type IntoIter = std::vec::IntoIter<Item<T>>;
+    type Item = BatchItem<T>;
+    type IntoIter = std::vec::IntoIter<BatchItem<T>>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.items.into_iter()
@@ -75,8 +94,8 @@ impl<T> IntoIterator for Batch<T> {
 }
 
 impl<'a, T> IntoIterator for &'a Batch<T> {
-    type Item = &'a Item<T>;
-    type IntoIter = std::slice::Iter<'a, Item<T>>;
+    type Item = &'a BatchItem<T>;
+    type IntoIter = std::slice::Iter<'a, BatchItem<T>>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.items.iter()
@@ -84,14 +103,13 @@ impl<'a, T> IntoIterator for &'a Batch<T> {
 }
 
 impl<T: Extract + Send> Extract for Batch<T> {
-    fn declare(handler: &mut HandlerDefinition) {
-        T::declare(handler);
-        handler.takes_batches = true;
-    }
+    const NEEDS: Needs = T::NEEDS.of_each();
 
     async fn extract(invocation: &mut Invocation) -> Result<Self, HandlerError> {
         let others = std::mem::take(&mut invocation.others);
         let mut items = Vec::with_capacity(1 + others.len());
+        // The batch runs without them.
+        let mut unfit = BTreeMap::new();
         for record in std::iter::once(invocation.record.clone()).chain(others) {
             let mut one = Invocation {
                 topic: invocation.topic.clone(),
@@ -101,13 +119,29 @@ impl<T: Extract + Send> Extract for Batch<T> {
                 attempt: invocation.attempt,
                 states: invocation.states.clone(),
                 tx: None,
+                letter: None,
             };
-            items.push(Item {
-                message: T::extract(&mut one).await?,
-                delivery: Delivery::extract(&mut one).await?,
-            });
+            let message = match T::extract(&mut one).await {
+                Ok(message) => message,
+                Err(error) if matches!(error.decision, Decision::Undecodable) => {
+                    unfit.insert(one.record.message().offset.get(), error);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let delivery = Delivery::extract(&mut one).await?;
+            items.push(BatchItem { message, delivery });
         }
-        Ok(Self { items })
+        match unfit.first_key_value() {
+            None => Ok(Self { items }),
+            Some((offset, why)) => {
+                let reason = format!(
+                    "{} messages of the batch, the one at offset {offset}: {why}",
+                    unfit.len()
+                );
+                Err(HandlerError::new(Decision::Unfit(unfit), reason))
+            }
+        }
     }
 }
 
@@ -121,5 +155,7 @@ impl<T: Extract + Send> Extract for Batch<T> {
 pub trait BesideBatch {}
 
 impl BesideBatch for Tx {}
+
+impl<T> BesideBatch for Batch<T> {}
 
 impl<S> BesideBatch for State<S> {}

@@ -6,10 +6,11 @@ use chrono::{DateTime, Utc};
 use postbox::{Headers, MessageId, Offset};
 
 use super::{Extract, Invocation};
-use crate::handler::HandlerError;
+use crate::outcome::HandlerError;
 
 /// What is known of a message beside its payload, and of this run.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Delivery {
     /// Message id.
     pub id: MessageId,
@@ -29,6 +30,24 @@ pub struct Delivery {
     pub attempt: u32,
     /// When it was inserted into the outbox.
     pub published_at: DateTime<Utc>,
+}
+
+impl Delivery {
+    /// One for a test that calls a handler itself: the first attempt at the first message of a topic, of the group `test`, published now. What it
+    /// says can be changed.
+    pub fn for_test(topic: &str) -> Self {
+        Self {
+            id: MessageId::new(),
+            topic: topic.into(),
+            offset: Offset::ZERO,
+            message_type: None,
+            key: None,
+            headers: Headers::default(),
+            group: "test".into(),
+            attempt: 1,
+            published_at: Utc::now(),
+        }
+    }
 }
 
 impl Extract for Delivery {

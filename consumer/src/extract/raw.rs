@@ -1,15 +1,26 @@
 //! The payload as it is.
 
 use super::{Extract, Invocation};
-use crate::handler::HandlerError;
+use crate::outcome::HandlerError;
 
 /// The payload's bytes with their media type. The handler says `topic = "…"` itself.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Raw {
     /// The bytes.
     pub payload: Vec<u8>,
     /// Their media type.
     pub content_type: String,
+}
+
+impl Raw {
+    /// A payload with its media type, for a test that calls a handler itself.
+    pub fn new(payload: impl Into<Vec<u8>>, content_type: impl Into<String>) -> Self {
+        Self {
+            payload: payload.into(),
+            content_type: content_type.into(),
+        }
+    }
 }
 
 impl Extract for Raw {

@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use postbox::cron::SCHEDULED_AT;
 
 use super::{Extract, Invocation};
-use crate::handler::HandlerError;
+use crate::outcome::HandlerError;
 
 /// The due time of a firing. A handler that is retried, or runs late, still sees the time that it is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,7 +18,7 @@ impl Extract for ScheduledAt {
             .and_then(|at| at.parse().ok())
             .map(Self)
             .ok_or_else(|| {
-                HandlerError::retry(format!(
+                HandlerError::undecodable(format!(
                     "the message has no header {SCHEDULED_AT} with an instant: it is not the firing of a cron schedule"
                 ))
             })

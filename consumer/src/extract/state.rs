@@ -1,8 +1,7 @@
 //! What the application shares with its handlers.
 
-use super::{Extract, Invocation};
-use crate::handler::{HandlerDefinition, HandlerError};
-use crate::state::StateType;
+use super::{Extract, Invocation, Needs};
+use crate::outcome::HandlerError;
 
 /// A clone of the value given to [`Consumer::state`](crate::Consumer::state).
 ///
@@ -11,9 +10,7 @@ use crate::state::StateType;
 pub struct State<S>(pub S);
 
 impl<S: Clone + Send + Sync + 'static> Extract for State<S> {
-    fn declare(handler: &mut HandlerDefinition) {
-        handler.states.push(StateType::of::<S>());
-    }
+    const NEEDS: Needs = Needs::state::<S>();
 
     async fn extract(invocation: &mut Invocation) -> Result<Self, HandlerError> {
         // Checked at start.

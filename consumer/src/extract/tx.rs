@@ -4,12 +4,12 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use postbox::Publish;
-use sqlx::PgConnection;
+use postbox::__private::{OpenTransaction, Transaction};
+use sqlx::{PgConnection, PgPool};
 
-use super::{Extract, Invocation};
-use crate::checkout::Checkout;
-use crate::handler::{HandlerDefinition, HandlerError};
+use super::{Extract, Invocation, Needs};
+use crate::connections::Checkout;
+use crate::outcome::HandlerError;
 
 /// The transaction in which the message is settled: what the handler writes with it, the messages it publishes with it and
 /// the acknowledgement commit together, or not at all. So the effect is exactly once.
@@ -37,10 +37,22 @@ use crate::handler::{HandlerDefinition, HandlerError};
 ///     Ok(())
 /// }
 /// ```
-pub struct Tx {
-    // Some until it is dropped.
-    transaction: Option<Checkout>,
-    slot: TxSlot,
+pub struct Tx(Held);
+
+// Some until it is dropped.
+enum Held {
+    Handlers(Option<Checkout>, TxSlot),
+    /// For tests and hooks: it settles nothing.
+    Own(Option<Transaction>, OwnSlot),
+}
+
+/// As [`TxSlot`], for a transaction that settles nothing.
+pub(crate) type OwnSlot = Arc<Mutex<Option<Transaction>>>;
+
+/// Where a run takes its transaction from.
+pub(crate) enum TxSource {
+    Handlers(TxSlot),
+    Own(OwnSlot),
 }
 
 /// Where the transaction is when no [`Tx`] has it: before the handler takes it, and after the handler let it go.
@@ -48,23 +60,86 @@ pub(crate) type TxSlot = Arc<Mutex<Option<Checkout>>>;
 
 const TAKEN: &str = "the transaction is there until the Tx is dropped";
 
+/// The transaction of a [`Tx`] that was made for a test: it commits when the test says so, and rolls back otherwise.
+pub struct TestTx(OwnSlot);
+
+impl Tx {
+    /// A transaction that settles nothing, for a test that calls a handler itself:
+    ///
+    /// ```
+    /// # use postbox_consumer::{HandlerError, Tx};
+    /// # async fn reserve(mut tx: Tx) -> Result<(), HandlerError> { Ok(()) }
+    /// # async fn test(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let (tx, transaction) = Tx::for_test(&pool).await?;
+    /// reserve(tx).await.map_err(|error| error.to_string())?;
+    /// transaction.commit().await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The pool gives no connection, or the transaction cannot begin.
+    pub async fn for_test(pool: &PgPool) -> Result<(Self, TestTx), sqlx::Error> {
+        let slot = OwnSlot::default();
+        let tx = Self(Held::Own(
+            Some(Transaction::begin(pool, "BEGIN").await?),
+            slot.clone(),
+        ));
+        Ok((tx, TestTx(slot)))
+    }
+}
+
+impl TestTx {
+    /// Commits what the handler did. It must have let its [`Tx`] go.
+    ///
+    /// # Errors
+    ///
+    /// The handler still holds its [`Tx`]; else the database's. Then nothing was committed, unless the connection was lost meanwhile.
+    pub async fn commit(self) -> Result<(), sqlx::Error> {
+        let transaction = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match transaction {
+            Some(transaction) => transaction.commit().await,
+            None => Err(sqlx::Error::Protocol("the handler still holds its Tx".to_owned())),
+        }
+    }
+}
+
+impl fmt::Debug for TestTx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TestTx")
+    }
+}
+
 impl Deref for Tx {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        self.transaction.as_ref().expect(TAKEN)
+        match &self.0 {
+            Held::Handlers(transaction, _) => transaction.as_ref().expect(TAKEN),
+            Held::Own(transaction, _) => transaction.as_ref().expect(TAKEN),
+        }
     }
 }
 
 impl DerefMut for Tx {
     fn deref_mut(&mut self) -> &mut PgConnection {
-        self.transaction.as_mut().expect(TAKEN)
+        match &mut self.0 {
+            Held::Handlers(transaction, _) => transaction.as_mut().expect(TAKEN),
+            Held::Own(transaction, _) => transaction.as_mut().expect(TAKEN),
+        }
     }
 }
 
 impl Drop for Tx {
     fn drop(&mut self) {
-        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = self.transaction.take();
+        match &mut self.0 {
+            Held::Handlers(transaction, slot) => {
+                *slot.lock().unwrap_or_else(PoisonError::into_inner) = transaction.take();
+            }
+            Held::Own(transaction, slot) => {
+                *slot.lock().unwrap_or_else(PoisonError::into_inner) = transaction.take();
+            }
+        }
     }
 }
 
@@ -74,30 +149,29 @@ impl fmt::Debug for Tx {
     }
 }
 
-impl Publish for Tx {
-    fn transaction(&mut self) -> &mut PgConnection {
+impl OpenTransaction for Tx {
+    fn connection(&mut self) -> &mut PgConnection {
         self
     }
 }
 
 impl Extract for Tx {
-    fn declare(handler: &mut HandlerDefinition) {
-        handler.transactional = true;
-    }
+    const NEEDS: Needs = Needs::TRANSACTION;
 
     async fn extract(invocation: &mut Invocation) -> Result<Self, HandlerError> {
-        let slot = invocation
-            .tx
-            .clone()
-            .ok_or_else(|| HandlerError::retry("this handler has no transaction"))?;
-        let transaction = slot
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-            .ok_or_else(|| HandlerError::retry("a handler can take one Tx only"))?;
-        Ok(Self {
-            transaction: Some(transaction),
-            slot,
-        })
+        let once = || HandlerError::retry("a handler can take one Tx only");
+        match &invocation.tx {
+            None => Err(HandlerError::retry("this handler has no transaction")),
+            Some(TxSource::Handlers(slot)) => {
+                let transaction = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let transaction = transaction.ok_or_else(once)?;
+                Ok(Self(Held::Handlers(Some(transaction), slot.clone())))
+            }
+            Some(TxSource::Own(slot)) => {
+                let transaction = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let transaction = transaction.ok_or_else(once)?;
+                Ok(Self(Held::Own(Some(transaction), slot.clone())))
+            }
+        }
     }
 }

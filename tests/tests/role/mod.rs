@@ -12,7 +12,13 @@ pub(crate) struct Role {
 
 impl Role {
     pub(crate) async fn new(db: &TestDatabase) -> Self {
-        let name = format!("role_{}", db.name());
+        Self::named(db, "role").await
+    }
+
+    /// One of several.
+    #[allow(dead_code, reason = "not every suite has several")]
+    pub(crate) async fn named(db: &TestDatabase, prefix: &str) -> Self {
+        let name = format!("{prefix}_{}", db.name());
         run(db, format!("CREATE ROLE {name}")).await;
         let options: PgConnectOptions = db.url().parse().expect("the URL of the database");
         let pool = PgPoolOptions::new()

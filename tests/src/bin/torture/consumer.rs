@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use postbox_consumer::{Consumer, Delivery, HandlerError, State, Tx, handler, handlers};
+use postbox_consumer::{Consumer, Delivery, HandlerError, Json, State, Tx, handler, handlers};
 use uuid::Uuid;
 
 use crate::chance;
@@ -19,8 +19,12 @@ use crate::role::{Role, RoleArgs, until_it_starts};
 /// Longer than the timeout of the handlers.
 const HANG: Duration = Duration::from_secs(60);
 
+/// Handlers sleep within their transactions, and insert. What the isolation is, and whether anything may be written, Postbox sees to.
+const SETTINGS: &str = "SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
+     SET idle_session_timeout = 0";
+
 pub(crate) async fn run(args: RoleArgs) -> anyhow::Result<()> {
-    let role = Role::begin(&args, 10, &[])?;
+    let role = Role::begin(&args, 10, SETTINGS)?;
     let instance = Instance::new(&args, &role);
     let consumer = until_it_starts(&role.stop, async || {
         Consumer::new(role.pool.clone())
@@ -31,6 +35,10 @@ pub(crate) async fn run(args: RoleArgs) -> anyhow::Result<()> {
             .window(64)
             .state(instance.clone())
             .handlers(handlers![plain, effects, strict, nodes])
+            .handlers(match args.version {
+                1 => Vec::new(),
+                _ => handlers![newer_plain, newer_effects, newer_strict],
+            })
             .start()
             .await
     });
@@ -48,10 +56,22 @@ pub(crate) async fn run(args: RoleArgs) -> anyhow::Result<()> {
     retry(max_attempts = 6, backoff = "exponential(50ms, 1s)")
 )]
 async fn plain(step: Step, delivery: Delivery, State(instance): State<Instance>) -> Result<(), HandlerError> {
-    let run = instance.begin(PLAIN, &delivery, &step.key, step.n);
-    instance.suffer(PLAIN, &delivery, Harshness::Full).await?;
-    run.end(Outcome::Ok);
-    Ok(())
+    instance.plain(&step, &delivery).await
+}
+
+#[handler(
+    group = "plain",
+    topic = "steps",
+    type = "step.newer",
+    timeout = "2s",
+    retry(max_attempts = 6, backoff = "exponential(50ms, 1s)")
+)]
+async fn newer_plain(
+    Json(step): Json<Step>,
+    delivery: Delivery,
+    State(instance): State<Instance>,
+) -> Result<(), HandlerError> {
+    instance.plain(&step, &delivery).await
 }
 
 #[handler(
@@ -63,21 +83,26 @@ async fn plain(step: Step, delivery: Delivery, State(instance): State<Instance>)
 async fn effects(
     step: Step,
     delivery: Delivery,
-    mut tx: Tx,
+    tx: Tx,
     State(instance): State<Instance>,
 ) -> Result<(), HandlerError> {
-    let run = instance.begin(EFFECTS, &delivery, &step.key, step.n);
-    // The effect before the failure, so that a failed run has one to be rolled back.
-    sqlx::query(ADD_EFFECT)
-        .bind(delivery.id.as_uuid())
-        .bind(&step.key)
-        .bind(step.n)
-        .bind(&*instance.name)
-        .execute(&mut *tx)
-        .await?;
-    instance.suffer(EFFECTS, &delivery, Harshness::Full).await?;
-    run.end(Outcome::Ok);
-    Ok(())
+    instance.effects(&step, &delivery, tx).await
+}
+
+#[handler(
+    group = "effects",
+    topic = "steps",
+    type = "step.newer",
+    timeout = "2s",
+    retry(max_attempts = 6, backoff = "exponential(50ms, 1s)")
+)]
+async fn newer_effects(
+    Json(step): Json<Step>,
+    delivery: Delivery,
+    tx: Tx,
+    State(instance): State<Instance>,
+) -> Result<(), HandlerError> {
+    instance.effects(&step, &delivery, tx).await
 }
 
 #[handler(
@@ -91,14 +116,27 @@ async fn strict(
     delivery: Delivery,
     State(instance): State<Instance>,
 ) -> Result<(), HandlerError> {
-    let run = instance.begin(STRICT, &delivery, LEDGER_KEY, entry.n);
-    instance.suffer(STRICT, &delivery, Harshness::Mild).await?;
-    run.end(Outcome::Ok);
-    Ok(())
+    instance.strict(&entry, &delivery).await
 }
 
-#[handler(broadcast)]
-async fn nodes(step: Step, delivery: Delivery, State(instance): State<Instance>) {
+#[handler(
+    group = "strict",
+    topic = "ledger",
+    type = "entry.newer",
+    order = "topic",
+    timeout = "2s",
+    retry(backoff = "fixed(50ms)")
+)]
+async fn newer_strict(
+    Json(entry): Json<Entry>,
+    delivery: Delivery,
+    State(instance): State<Instance>,
+) -> Result<(), HandlerError> {
+    instance.strict(&entry, &delivery).await
+}
+
+#[handler(broadcast, topic = "steps", types = ["step", "step.newer"])]
+async fn nodes(Json(step): Json<Step>, delivery: Delivery, State(instance): State<Instance>) {
     let run = instance.begin(NODES, &delivery, &step.key, step.n);
     instance.work(0..3).await;
     run.end(Outcome::Ok);
@@ -141,6 +179,35 @@ impl Instance {
         }
     }
 
+    async fn plain(&self, step: &Step, delivery: &Delivery) -> Result<(), HandlerError> {
+        let run = self.begin(PLAIN, delivery, &step.key, step.n);
+        self.suffer(PLAIN, delivery, Harshness::Full).await?;
+        run.end(Outcome::Ok);
+        Ok(())
+    }
+
+    async fn effects(&self, step: &Step, delivery: &Delivery, mut tx: Tx) -> Result<(), HandlerError> {
+        let run = self.begin(EFFECTS, delivery, &step.key, step.n);
+        // The effect before the failure, so that a failed run has one to be rolled back.
+        sqlx::query(ADD_EFFECT)
+            .bind(delivery.id.as_uuid())
+            .bind(&step.key)
+            .bind(step.n)
+            .bind(&*self.name)
+            .execute(&mut *tx)
+            .await?;
+        self.suffer(EFFECTS, delivery, Harshness::Full).await?;
+        run.end(Outcome::Ok);
+        Ok(())
+    }
+
+    async fn strict(&self, entry: &Entry, delivery: &Delivery) -> Result<(), HandlerError> {
+        let run = self.begin(STRICT, delivery, LEDGER_KEY, entry.n);
+        self.suffer(STRICT, delivery, Harshness::Mild).await?;
+        run.end(Outcome::Ok);
+        Ok(())
+    }
+
     fn begin(&self, group: &str, delivery: &Delivery, key: &str, n: i64) -> Run {
         let run = Run {
             log: self.log.clone(),
@@ -159,14 +226,14 @@ impl Instance {
         run
     }
 
-    /// Works a while, and does what fate has in store for this attempt.
+    /// Works a while, and does what this attempt is disposed to.
     async fn suffer(
         &self,
         group: &str,
         delivery: &Delivery,
         harshness: Harshness,
     ) -> Result<(), HandlerError> {
-        let fate = Fate::of(
+        let disposition = Disposition::of(
             self.seed,
             group,
             delivery.id.as_uuid(),
@@ -181,23 +248,23 @@ impl Instance {
             self.log.fault("handler_abort");
             std::process::abort();
         }
-        match fate {
-            Fate::Fine => self.work(0..4).await,
-            Fate::Slow => self.work(50..400).await,
-            Fate::Fails => {
+        match disposition {
+            Disposition::Fine => self.work(0..4).await,
+            Disposition::Slow => self.work(50..400).await,
+            Disposition::Fails => {
                 self.work(0..10).await;
                 self.log.fault("handler_fail");
                 return Err(HandlerError::retry("as it was told"));
             }
-            Fate::Panics => {
+            Disposition::Panics => {
                 self.log.fault("handler_panic");
                 panic!("as it was told");
             }
-            Fate::Hangs => {
+            Disposition::Hangs => {
                 self.log.fault("handler_hang");
                 tokio::time::sleep(HANG).await;
             }
-            Fate::Kills => {
+            Disposition::Kills => {
                 self.log.fault("handler_poison");
                 std::process::abort();
             }
@@ -216,7 +283,7 @@ impl Instance {
 
 /// What happens to an attempt at a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+enum Disposition {
     Fine,
     Slow,
     Fails,
@@ -226,7 +293,7 @@ enum Fate {
     Kills,
 }
 
-impl Fate {
+impl Disposition {
     /// The same wherever it runs. Most that fail get through at the fourth attempt; a few are doomed, and are to end as dead letters.
     fn of(seed: u64, group: &str, id: Uuid, attempt: u32, harshness: Harshness) -> Self {
         let about = [group.as_bytes(), id.as_bytes()].concat();
@@ -237,14 +304,14 @@ impl Fate {
             Harshness::Mild => throw * 4,
         };
         match throw {
-            0..100 if attempt <= 3 => Fate::Fails,
-            100..300 if attempt <= 1 => Fate::Fails,
-            300..340 if attempt <= 2 => Fate::Panics,
-            340..360 if attempt <= 1 => Fate::Hangs,
-            360..560 => Fate::Slow,
-            560..570 => Fate::Fails,
-            570 => Fate::Kills,
-            _ => Fate::Fine,
+            0..100 if attempt <= 3 => Disposition::Fails,
+            100..300 if attempt <= 1 => Disposition::Fails,
+            300..340 if attempt <= 2 => Disposition::Panics,
+            340..360 if attempt <= 1 => Disposition::Hangs,
+            360..560 => Disposition::Slow,
+            560..570 => Disposition::Fails,
+            570 => Disposition::Kills,
+            _ => Disposition::Fine,
         }
     }
 }
@@ -291,22 +358,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_fates_occur_and_only_the_doomed_never_get_through() {
-        let fates = |attempt| {
-            (0..20_000).map(move |n| Fate::of(1, PLAIN, Uuid::from_u128(n), attempt, Harshness::Full))
+    fn all_dispositions_occur_and_only_the_doomed_never_get_through() {
+        let dispositions = |attempt| {
+            (0..20_000).map(move |n| Disposition::of(1, PLAIN, Uuid::from_u128(n), attempt, Harshness::Full))
         };
-        for fate in [
-            Fate::Fails,
-            Fate::Panics,
-            Fate::Hangs,
-            Fate::Kills,
-            Fate::Slow,
-            Fate::Fine,
+        for disposition in [
+            Disposition::Fails,
+            Disposition::Panics,
+            Disposition::Hangs,
+            Disposition::Kills,
+            Disposition::Slow,
+            Disposition::Fine,
         ] {
-            assert!(fates(1).any(|other| other == fate), "{fate:?} never happens");
+            assert!(
+                dispositions(1).any(|other| other == disposition),
+                "{disposition:?} never happens"
+            );
         }
-        let doomed = fates(4)
-            .filter(|fate| !matches!(fate, Fate::Fine | Fate::Slow))
+        let doomed = dispositions(4)
+            .filter(|disposition| !matches!(disposition, Disposition::Fine | Disposition::Slow))
             .count();
         assert!((1..60).contains(&doomed), "{doomed} of 20,000");
     }

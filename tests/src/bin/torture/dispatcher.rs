@@ -5,7 +5,7 @@ use postbox_dispatcher::Dispatcher;
 use crate::role::{Role, RoleArgs, until_it_starts};
 
 pub(crate) async fn run(args: RoleArgs) -> anyhow::Result<()> {
-    let role = Role::begin(&args, 3, &[])?;
+    let role = Role::begin(&args, 3, "")?;
     let dispatcher = until_it_starts(&role.stop, async || {
         Dispatcher::new(role.pool.clone()).start().await
     });

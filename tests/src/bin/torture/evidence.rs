@@ -23,8 +23,15 @@ pub(crate) struct Evidence {
     pub(crate) effects: Vec<Effect>,
     /// Group and message.
     pub(crate) dead: HashSet<(String, Uuid)>,
+    /// Those that a database had which was ended; here they may have another fate.
+    pub(crate) dead_before: HashSet<(String, Uuid)>,
     pub(crate) freezes: Vec<Freeze>,
+    /// When what an instance sent or was sent was swallowed.
+    pub(crate) blind: Vec<Freeze>,
     pub(crate) kills: Vec<Kill>,
+    pub(crate) cuts: Vec<CutBack>,
+    /// When a message was about to be committed.
+    pub(crate) published_at: HashMap<Uuid, u64>,
     /// When the server was down, from and to.
     pub(crate) outages: Vec<(u64, u64)>,
     /// Instances that were up at the end.
@@ -60,7 +67,26 @@ pub(crate) struct Kill {
     pub(crate) at: u64,
 }
 
+/// The database went back to an earlier state: the old one was ended after `from`, and nobody reached this one before `to`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct CutBack {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    /// The messages that it has.
+    pub(crate) kept: HashSet<Uuid>,
+}
+
 impl Evidence {
+    /// Whether the message went with the database that was ended; whoever ran it while that was up did right. It may be there all the same: it was
+    /// prepared there, and was decided here.
+    pub(crate) fn went_with(&self, cut: &CutBack, id: &Uuid) -> bool {
+        self.published_at.get(id).is_some_and(|at| *at < cut.to) && !cut.kept.contains(id)
+    }
+
+    pub(crate) fn was_taken_back(&self, id: &Uuid) -> bool {
+        self.cuts.iter().any(|cut| self.went_with(cut, id))
+    }
+
     pub(crate) async fn collect(
         folder: &Path,
         pool: &PgPool,
@@ -87,8 +113,9 @@ impl Evidence {
         let mut last_sign = 0;
         for line in lines {
             match line {
-                Line::Publish { tx, id, .. } => {
+                Line::Publish { at, tx, id, .. } => {
                     self.published += 1;
+                    self.published_at.insert(id, at);
                     messages.entry(tx).or_default().push(id);
                 }
                 Line::Ended { tx, how } => {
@@ -135,6 +162,16 @@ impl Evidence {
                     *self.faults.entry(kind).or_default() += 1;
                 }
                 Line::Frozen { instance, from, to } => self.freezes.push(Freeze { instance, from, to }),
+                Line::Blind { instance, from, to } => self.blind.push(Freeze { instance, from, to }),
+                Line::CutBack { from, to, kept, dead } => {
+                    self.outages.push((from, to));
+                    self.dead_before.extend(dead);
+                    self.cuts.push(CutBack {
+                        from,
+                        to,
+                        kept: kept.into_iter().collect(),
+                    });
+                }
                 Line::Outage { from, to } => self.outages.push((from, to)),
                 Line::Killed { instance, at } => self.kills.push(Kill { instance, at }),
             }

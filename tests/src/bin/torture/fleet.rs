@@ -1,4 +1,4 @@
-//! The processes of the ordeal.
+//! The processes of a run.
 
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
@@ -16,18 +16,21 @@ use tokio::task::JoinSet;
 use crate::clock;
 use crate::history::{Line, Log};
 use crate::plan::Target;
-use crate::wire::Wire;
+use crate::proxy::{Address, HalfOpen, Proxy};
 
-/// Longer than a graceful stop may take, with its grace for handlers and a server that is just down.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
+/// Longer than a graceful stop may take, with its grace for handlers, a server that is just down, and connections that are dead without a word.
+const STOP_LIMIT: Duration = Duration::from_secs(90);
 
 pub(crate) struct Fleet {
     folder: PathBuf,
     seed: u64,
-    server: PgConnectOptions,
+    options: PgConnectOptions,
+    address: Address,
     log: Log,
     members: Vec<Member>,
     started: usize,
+    /// Of the consumers that are started.
+    version: u8,
     stopping: JoinSet<Option<String>>,
     /// What no process should have done.
     pub(crate) oddities: Vec<String>,
@@ -36,24 +39,34 @@ pub(crate) struct Fleet {
 struct Member {
     instance: String,
     target: Target,
-    wire: Wire,
+    version: u8,
+    proxy: Proxy,
     child: Child,
     /// It ends when this is closed.
     _input: Option<ChildStdin>,
     frozen_at: Option<u64>,
+    blind_since: Option<u64>,
     /// Until then it has its share of trouble: two faults at once would not be what they are called.
     troubled_until: Instant,
 }
 
 impl Fleet {
-    pub(crate) fn new(folder: PathBuf, seed: u64, server: PgConnectOptions, log: Log) -> Self {
+    pub(crate) fn new(
+        folder: PathBuf,
+        seed: u64,
+        options: PgConnectOptions,
+        address: Address,
+        log: Log,
+    ) -> Self {
         Self {
             folder,
             seed,
-            server,
+            options,
+            address,
             log,
             members: Vec::new(),
             started: 0,
+            version: 1,
             stopping: JoinSet::new(),
             oddities: Vec::new(),
         }
@@ -67,18 +80,19 @@ impl Fleet {
             Target::Consumer => ("consume", 'c'),
         };
         let instance = format!("{letter}{}", self.started);
-        let wire = Wire::open(self.server.get_port()).await?;
+        let proxy = Proxy::open(self.address.clone()).await?;
         let url = self
-            .server
+            .options
             .clone()
             .host("127.0.0.1")
-            .port(wire.port())
+            .port(proxy.port())
             .to_url_lossy();
         let path = self.folder.join(format!("{instance}.stderr"));
         let stderr = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
         let mut child = Command::new(std::env::current_exe()?)
             .arg(command)
             .args(["--name", &instance, "--seed", &self.seed.to_string()])
+            .args(["--version", &self.version.to_string()])
             .arg("--folder")
             .arg(&self.folder)
             .env("DATABASE_URL", url.as_str())
@@ -87,17 +101,34 @@ impl Fleet {
             .stderr(stderr)
             .kill_on_drop(true)
             .spawn()
-            .context("cannot start a process of the ordeal")?;
+            .context("cannot start a process of the run")?;
         self.members.push(Member {
             instance,
             target,
-            wire,
+            version: self.version,
+            proxy,
             _input: child.stdin.take(),
             child,
             frozen_at: None,
+            blind_since: None,
             troubled_until: Instant::now(),
         });
         Ok(())
+    }
+
+    /// From now on the consumers that are started are of the other version.
+    pub(crate) fn change_version(&mut self) {
+        self.version = 3 - self.version;
+    }
+
+    /// From now on there is a consumer that handles every type.
+    pub(crate) async fn be_complete(&mut self) -> anyhow::Result<()> {
+        self.version = 2;
+        let has_one = |member: &Member| member.target == Target::Consumer && member.version == 2;
+        match self.members.iter().any(has_one) {
+            true => Ok(()),
+            false => self.start(Target::Consumer).await,
+        }
     }
 
     pub(crate) fn count(&self, target: Target) -> usize {
@@ -184,27 +215,48 @@ impl Fleet {
 
     pub(crate) fn cut(&mut self, index: usize) {
         self.members[index].trouble(Duration::from_secs(1));
-        self.members[index].wire.cut();
+        self.members[index].proxy.cut();
+    }
+
+    pub(crate) fn cut_all(&self) {
+        self.members.iter().for_each(|member| member.proxy.cut());
     }
 
     pub(crate) fn stall(&mut self, index: usize, span: Duration) -> String {
         let member = &mut self.members[index];
         member.trouble(span + Duration::from_secs(1));
-        member.wire.stall(true);
+        member.proxy.stall(true);
         member.instance.clone()
     }
 
     pub(crate) fn delay(&mut self, index: usize, by: Duration, span: Duration) -> String {
         let member = &mut self.members[index];
         member.trouble(span);
-        member.wire.delay(by);
+        member.proxy.delay(by);
+        member.instance.clone()
+    }
+
+    pub(crate) fn half_open(&mut self, index: usize, how: HalfOpen, span: Duration) -> String {
+        let member = &mut self.members[index];
+        // What it lost it has yet to find out.
+        member.trouble(span + Duration::from_secs(5));
+        member.blind_since = Some(clock::now());
+        member.proxy.half_open(Some(how));
         member.instance.clone()
     }
 
     pub(crate) fn clear(&mut self, instance: &str) {
-        if let Some(member) = self.members.iter().find(|member| member.instance == instance) {
-            member.wire.stall(false);
-            member.wire.delay(Duration::ZERO);
+        if let Some(member) = self.members.iter_mut().find(|member| member.instance == instance) {
+            member.proxy.stall(false);
+            member.proxy.delay(Duration::ZERO);
+            member.proxy.half_open(None);
+            if let Some(from) = member.blind_since.take() {
+                self.log.write(&Line::Blind {
+                    instance: instance.to_owned(),
+                    from,
+                    to: clock::now(),
+                });
+            }
         }
     }
 
@@ -223,6 +275,8 @@ impl Fleet {
             match self.members[index].child.try_wait() {
                 Ok(None) => index += 1,
                 Ok(Some(status)) => {
+                    let instance = self.members[index].instance.clone();
+                    self.clear(&instance);
                     let member = self.members.remove(index);
                     if status.signal() != Some(Signal::ABORT.as_raw()) {
                         self.oddities

@@ -18,6 +18,7 @@ use crate::clock;
 pub(crate) enum Line {
     /// A producer is about to commit this message.
     Publish {
+        at: u64,
         tx: u64,
         id: Uuid,
         topic: String,
@@ -42,6 +43,17 @@ pub(crate) enum Line {
     Fault { at: u64, kind: String },
     /// An instance was stopped by a signal from here to there.
     Frozen { instance: String, from: u64, to: u64 },
+    /// What an instance sent or was sent was swallowed from here to there.
+    Blind { instance: String, from: u64, to: u64 },
+    /// The database went back to an earlier state: from here on the old one was ended, from there on this one was within reach.
+    CutBack {
+        from: u64,
+        to: u64,
+        /// The messages that it has.
+        kept: Vec<Uuid>,
+        /// The dead letters that the old one had in the end, by group.
+        dead: Vec<(String, Uuid)>,
+    },
     /// The server was down from here to there.
     Outage { from: u64, to: u64 },
     /// An instance was killed.

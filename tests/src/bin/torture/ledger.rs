@@ -1,6 +1,6 @@
 //! The business tables: what producers and transactional handlers write in the same database.
 
-use sqlx::PgPool;
+use sqlx::{PgExecutor, PgPool};
 use uuid::Uuid;
 
 /// `account` gives numbers under the lock of its key's row. `entry` has a row for each message, written in its transaction: the message is
@@ -38,7 +38,7 @@ pub(crate) struct Effect {
     pub(crate) n: i64,
 }
 
-pub(crate) async fn committed(pool: &PgPool) -> Result<Vec<Committed>, sqlx::Error> {
+pub(crate) async fn committed(pool: impl PgExecutor<'_>) -> Result<Vec<Committed>, sqlx::Error> {
     sqlx::query_as("SELECT id, topic, key, n FROM torture.entry")
         .fetch_all(pool)
         .await
@@ -52,7 +52,7 @@ pub(crate) async fn effects(pool: &PgPool) -> Result<Vec<Effect>, sqlx::Error> {
 }
 
 /// Group and message of each dead letter.
-pub(crate) async fn dead_letters(pool: &PgPool) -> Result<Vec<(String, Uuid)>, sqlx::Error> {
+pub(crate) async fn dead_letters(pool: impl PgExecutor<'_>) -> Result<Vec<(String, Uuid)>, sqlx::Error> {
     sqlx::query_as(
         "SELECT s.group_name, d.message_id FROM postbox.dead_letter d JOIN postbox.subscription s ON s.id = d.subscription_id",
     )

@@ -2,25 +2,29 @@
 //!
 //! Producers, dispatchers and consumers run as processes of their own against a private PostgreSQL. From a seed they are killed, frozen,
 //! stopped and cut off, and the server with them; then everything is healed, and a history that was kept outside the database is
-//! judged. See ARCHITECTURE.md, "Torture".
+//! judged. See docs/internals/testing.md.
 
 mod chance;
 mod clock;
 mod consumer;
+mod cut_back;
 mod dispatcher;
 mod evidence;
 mod fleet;
+mod forger;
 mod history;
 mod ledger;
 mod message;
-mod ordeal;
 mod plan;
 mod producer;
+mod proxy;
 mod quiescence;
 mod report;
 mod role;
+mod run;
+mod server_clock;
+mod surroundings;
 mod verdict;
-mod wire;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -37,13 +41,13 @@ use crate::role::RoleArgs;
 #[command(name = "torture", version, args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(flatten)]
-    ordeal: OrdealArgs,
+    run: RunArgs,
     #[command(subcommand)]
     role: Option<Role>,
 }
 
 #[derive(Debug, Args)]
-struct OrdealArgs {
+struct RunArgs {
     /// For how long faults are injected; healing and judging come after
     #[arg(long, default_value_t = 60)]
     seconds: u64,
@@ -59,12 +63,15 @@ struct OrdealArgs {
     /// Where the logs are kept; default: a folder among the temporary files
     #[arg(long, value_name = "FOLDER")]
     logs: Option<PathBuf>,
+    /// Takes the database back to an earlier state in the middle; default: by the seed, two of five do
+    #[arg(long, value_name = "HOW")]
+    cut_back: Option<plan::CutBack>,
     /// SQL that breaks Postbox on purpose, to see that it is caught; there are some beside the source
     #[arg(long, value_name = "FILE")]
     sabotage: Option<PathBuf>,
 }
 
-/// What a process of the ordeal does; not for use by hand.
+/// What a process of a run does; not for use by hand.
 #[derive(Debug, Subcommand)]
 #[command(hide = true)]
 enum Role {
@@ -83,7 +90,7 @@ async fn main() -> ExitCode {
         Some(Role::Produce(args)) => producer::run(args).await.map(|()| true),
         Some(Role::Dispatch(args)) => dispatcher::run(args).await.map(|()| true),
         Some(Role::Consume(args)) => consumer::run(args).await.map(|()| true),
-        None => ordeal::run(cli.ordeal).await,
+        None => run::run(cli.run).await,
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

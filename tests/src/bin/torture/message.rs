@@ -18,6 +18,10 @@ pub(crate) struct Entry {
     pub(crate) n: i64,
 }
 
+/// The types of every fourth step and every eighth entry, which consumers of version 1 have no handlers for.
+pub(crate) const NEWER_STEP: &str = "step.newer";
+pub(crate) const NEWER_ENTRY: &str = "entry.newer";
+
 pub(crate) const STEPS: &str = "steps";
 pub(crate) const LEDGER: &str = "ledger";
 /// What the entries of the strict topic are counted under.

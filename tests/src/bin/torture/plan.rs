@@ -6,6 +6,7 @@ use std::time::Duration;
 use fastrand::Rng;
 
 use crate::chance;
+use crate::proxy::{HalfOpen, Swallowed, Way};
 
 /// The shortest there is, so that freezes beyond it fit into a run.
 pub(crate) const LEASE: Duration = Duration::from_secs(6);
@@ -29,9 +30,9 @@ pub(crate) fn calm_file(folder: &Path) -> PathBuf {
     folder.join("calm")
 }
 
-/// Something that is done to the system at a time.
+/// A fault that is injected at a time.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Strike {
+pub(crate) struct PlannedFault {
     pub(crate) at: Duration,
     pub(crate) fault: Fault,
     /// Which of those that can be hit, whoever they are by then.
@@ -54,6 +55,8 @@ pub(crate) enum Fault {
     },
     AddConsumer,
     RemoveConsumer,
+    /// A rolling deploy, forward or back, has begun: a consumer makes room for one of the other version, of which all are that are started from now on.
+    Deploy,
     Postgres {
         how: Crash,
         down_for: Duration,
@@ -61,7 +64,7 @@ pub(crate) enum Fault {
     Cut {
         target: Target,
     },
-    /// Nothing gets through, and nobody hears that.
+    /// Nothing gets through, and nobody hears that; but when an end closes, the other one does.
     Stall {
         target: Target,
         span: Duration,
@@ -69,6 +72,33 @@ pub(crate) enum Fault {
     Delay {
         target: Target,
         by: Duration,
+        span: Duration,
+    },
+    /// What is sent is swallowed, and nobody hears that, nor that an end closed.
+    HalfOpen {
+        target: Target,
+        how: HalfOpen,
+        span: Duration,
+    },
+    /// The database gets settings that nobody expects, for new connections; by this number some of them, or all.
+    Pervert {
+        which: u64,
+    },
+    /// It gets rid of them, for new connections.
+    Unpervert,
+    /// The database goes back to an earlier state.
+    CutBack {
+        how: CutBack,
+        /// So long before its end the old one was ahead.
+        by: Duration,
+    },
+    /// Somebody sends notifications that are not Postbox's.
+    Forge {
+        span: Duration,
+    },
+    /// The server's clock is wrong by so many seconds.
+    Clock {
+        by: i64,
         span: Duration,
     },
 }
@@ -88,6 +118,36 @@ pub(crate) enum Crash {
     Kill,
 }
 
+/// What takes the database back; at most once in a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum CutBack {
+    /// The primary dies, and an asynchronous standby that lags is promoted
+    Failover,
+    /// The server dies, and a base backup is recovered to a point in time
+    Recovery,
+}
+
+impl CutBack {
+    /// Every fifth seed has one each, since commits are lost by it, and what was lost with them cannot be judged.
+    pub(crate) fn of(seed: u64) -> Option<Self> {
+        match seed % 5 {
+            0 => Some(Self::Failover),
+            3 => Some(Self::Recovery),
+            _ => None,
+        }
+    }
+}
+
+/// Every other seed begins with a database whose settings nobody expects.
+pub(crate) fn begins_perverse(seed: u64) -> bool {
+    seed.is_multiple_of(2)
+}
+
+/// Whether a setting is among those of a number; `u64::MAX`: all are.
+pub(crate) fn is_chosen(which: u64, setting: usize) -> bool {
+    which >> (setting % 64) & 1 == 1
+}
+
 impl Fault {
     pub(crate) fn kind(&self) -> String {
         let target = |target: &Target| match target {
@@ -104,6 +164,7 @@ impl Fault {
             Fault::Stop { target: t, .. } => format!("stop_{}", target(t)),
             Fault::AddConsumer => "add_consumer".to_owned(),
             Fault::RemoveConsumer => "remove_consumer".to_owned(),
+            Fault::Deploy => "deploy".to_owned(),
             Fault::Postgres {
                 how: Crash::Immediate,
                 ..
@@ -112,36 +173,70 @@ impl Fault {
             Fault::Cut { target: t } => format!("cut_{}", target(t)),
             Fault::Stall { target: t, .. } => format!("stall_{}", target(t)),
             Fault::Delay { target: t, .. } => format!("delay_{}", target(t)),
+            Fault::HalfOpen { target: t, how, .. } => {
+                let way = match how.way {
+                    Way::ToServer => "to_server",
+                    Way::ToClient => "to_client",
+                    Way::Both => "both_ways",
+                };
+                let swallowed = match how.swallowed {
+                    Swallowed::Lost => "lost",
+                    Swallowed::Held => "held",
+                };
+                format!("half_open_{}_{way}_{swallowed}", target(t))
+            }
+            Fault::Pervert { which: u64::MAX } => "settings_perverse".to_owned(),
+            Fault::Pervert { .. } => "settings_partly_perverse".to_owned(),
+            Fault::Unpervert => "settings_reset".to_owned(),
+            Fault::CutBack {
+                how: CutBack::Failover,
+                ..
+            } => "failover".to_owned(),
+            Fault::CutBack {
+                how: CutBack::Recovery,
+                ..
+            } => "recovery".to_owned(),
+            Fault::Forge { .. } => "forge".to_owned(),
+            Fault::Clock { by, .. } if *by > 0 => "clock_on".to_owned(),
+            Fault::Clock { .. } => "clock_back".to_owned(),
         }
     }
 }
 
-/// The strikes of a run, in order.
-pub(crate) fn strikes(seed: u64, span: Duration) -> Vec<Strike> {
+/// The faults of a run, in order.
+pub(crate) fn faults(seed: u64, span: Duration, cut_back: Option<CutBack>) -> Vec<PlannedFault> {
     let mut rng = chance::rng(seed, "plan");
+    let mut cut_back = cut_back.map(|how| {
+        // In the middle: it takes some seconds to prepare, and there is something to be seen before and after.
+        let at = span.mul_f64(0.3 + 0.2 * rng.f64());
+        let by = Duration::from_millis(rng.u64(100..4_000));
+        (at, Fault::CutBack { how, by })
+    });
     let mut deck = Vec::new();
     let mut at = Duration::from_secs(3);
-    let mut strikes = Vec::new();
+    let mut faults = Vec::new();
     // The last ones have time to show their effect.
     while at + Duration::from_secs(1) < span {
         if deck.is_empty() {
             deck = (0..CARDS).collect();
             rng.shuffle(&mut deck);
         }
-        let card = deck.pop().unwrap_or_default();
-        let fault = draw(card, &mut rng);
-        strikes.push(Strike {
+        let fault = match cut_back.take_if(|(due, _)| *due <= at) {
+            Some((_, fault)) => fault,
+            None => draw(deck.pop().unwrap_or_default(), &mut rng),
+        };
+        faults.push(PlannedFault {
             at,
             fault,
             pick: rng.usize(0..1_000),
         });
         at += Duration::from_millis(rng.u64(200..1_800));
     }
-    strikes
+    faults
 }
 
 /// As many as `draw` knows; from a shuffled deck, so that every kind comes about as often as it is on a card.
-const CARDS: u32 = 24;
+const CARDS: u32 = 38;
 
 fn draw(card: u32, rng: &mut Rng) -> Fault {
     use Target::{Consumer, Dispatcher, Producer};
@@ -205,12 +300,41 @@ fn draw(card: u32, rng: &mut Rng) -> Fault {
             target: if rng.bool() { Producer } else { Dispatcher },
             span: ms(rng, 1_000..8_000),
         },
+        23..25 => Fault::Forge {
+            span: ms(rng, 1_000..6_000),
+        },
+        25 => Fault::Clock {
+            by: [5, 60, 3_600][rng.usize(0..3)],
+            span: ms(rng, 1_000..8_000),
+        },
+        26 => Fault::Clock {
+            by: [-5, -60, -3_600][rng.usize(0..3)],
+            span: ms(rng, 1_000..8_000),
+        },
+        27..29 => Fault::Deploy,
+        // Within what is borne, and longer than any bound but the server's own.
+        29..31 => half_open(Consumer, ms(rng, 1_000..9_000), rng),
+        31 => half_open(Consumer, ms(rng, 12_000..35_000), rng),
+        32 => half_open(Dispatcher, ms(rng, 1_000..20_000), rng),
+        33 => half_open(Producer, ms(rng, 1_000..20_000), rng),
+        34 => Fault::Pervert { which: u64::MAX },
+        35 => Fault::Pervert { which: rng.u64(..) },
+        36 => Fault::Unpervert,
         _ => Fault::Delay {
             target: [Consumer, Producer, Dispatcher][rng.usize(0..3)],
             by: ms(rng, 20..250),
             span: ms(rng, 2_000..8_000),
         },
     }
+}
+
+fn half_open(target: Target, span: Duration, rng: &mut Rng) -> Fault {
+    let how = HalfOpen {
+        way: [Way::ToServer, Way::ToClient, Way::Both][rng.usize(0..3)],
+        swallowed: [Swallowed::Lost, Swallowed::Held][rng.usize(0..2)],
+        takes_new: rng.bool(),
+    };
+    Fault::HalfOpen { target, how, span }
 }
 
 #[cfg(test)]
@@ -221,19 +345,38 @@ mod tests {
     #[test]
     fn a_seed_gives_the_same_plan_every_time() {
         let span = Duration::from_secs(60);
-        assert_eq!(strikes(3, span), strikes(3, span));
-        assert_ne!(strikes(3, span), strikes(4, span));
+        let how = Some(CutBack::Failover);
+        assert_eq!(faults(3, span, how), faults(3, span, how));
+        assert_ne!(faults(3, span, how), faults(4, span, how));
     }
 
     #[test]
     fn two_minutes_have_many_faults_of_many_kinds() {
         for seed in 0..20 {
-            let strikes = strikes(seed, Duration::from_secs(120));
-            let kinds: HashSet<String> = strikes.iter().map(|strike| strike.fault.kind()).collect();
+            let faults = faults(seed, Duration::from_secs(120), None);
+            let kinds: HashSet<String> = faults.iter().map(|planned| planned.fault.kind()).collect();
             assert!(
-                strikes.len() >= 80 && kinds.len() >= 15,
+                faults.len() >= 80 && kinds.len() >= 15,
                 "seed {seed}: {} of {kinds:?}",
-                strikes.len()
+                faults.len()
+            );
+        }
+    }
+
+    #[test]
+    fn history_is_cut_at_most_once_and_where_something_comes_before_and_after() {
+        for seed in 0..20 {
+            let span = Duration::from_secs(60);
+            let faults = faults(seed, span, CutBack::of(seed));
+            let cuts: Vec<Duration> = faults
+                .iter()
+                .filter(|planned| matches!(planned.fault, Fault::CutBack { .. }))
+                .map(|planned| planned.at)
+                .collect();
+            assert_eq!(cuts.len(), usize::from(matches!(seed % 5, 0 | 3)), "seed {seed}");
+            assert!(
+                cuts.iter().all(|at| *at > span / 4 && *at < span * 3 / 5),
+                "{cuts:?}"
             );
         }
     }

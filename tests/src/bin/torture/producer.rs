@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use fastrand::Rng;
-use postbox::Publish;
+use postbox::{Outgoing, Publish};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, Transaction};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::chance;
+use crate::clock;
 use crate::history::{Ended, Line};
 use crate::ledger::{ADD_ENTRY, NEXT_NUMBER};
-use crate::message::{Entry, LEDGER, LEDGER_KEY, STEPS, Step};
+use crate::message::{Entry, LEDGER, LEDGER_KEY, NEWER_ENTRY, NEWER_STEP, STEPS, Step};
 use crate::plan;
 use crate::role::{Role, RoleArgs};
 
@@ -23,9 +24,14 @@ const PAUSE_MS: u64 = 40;
 const LIMIT: Duration = Duration::from_secs(12);
 const COMMIT_LIMIT: Duration = Duration::from_secs(6);
 
+/// What is acknowledged is durable. A lock is not waited for for long, lest everybody queues up behind one that dawdles; and what is left of a
+/// transaction whose client is not heard any more ends by itself, later than one that is only frozen.
+const SETTINGS: &str = "SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
+     SET default_transaction_deferrable = off; SET statement_timeout = 0; SET lock_timeout = '300ms'; \
+     SET idle_in_transaction_session_timeout = '15s'; SET idle_session_timeout = 0; SET synchronous_commit = on; SET enable_indexscan = on";
+
 pub(crate) async fn run(args: RoleArgs) -> anyhow::Result<()> {
-    // Short, lest everybody queues up behind one that dawdles.
-    let role = Role::begin(&args, WORKERS as u32, &[("lock_timeout", "300ms")])?;
+    let role = Role::begin(&args, WORKERS as u32, SETTINGS)?;
     let mut workers = JoinSet::new();
     for number in 0..WORKERS {
         let worker = Worker {
@@ -222,7 +228,11 @@ impl Worker {
             key: key.to_owned(),
             n,
         };
-        let id = tx.publish(&step).await?.as_uuid();
+        let mut message = Outgoing::from(&step);
+        if n % 4 == 3 {
+            message = message.message_type(NEWER_STEP);
+        }
+        let id = tx.publish(message).await?.as_uuid();
         self.note(tx, id, STEPS, key, n, stays).await
     }
 
@@ -231,7 +241,11 @@ impl Worker {
             .bind(LEDGER_KEY)
             .fetch_one(&mut **tx)
             .await?;
-        let id = tx.publish(&Entry { n }).await?.as_uuid();
+        let mut message = Outgoing::from(&Entry { n });
+        if n % 8 == 7 {
+            message = message.message_type(NEWER_ENTRY);
+        }
+        let id = tx.publish(message).await?.as_uuid();
         self.note(tx, id, LEDGER, LEDGER_KEY, n, true).await
     }
 
@@ -255,6 +269,7 @@ impl Worker {
             .await?;
         if stays {
             self.log.write(&Line::Publish {
+                at: clock::now(),
                 tx: self.tx,
                 id,
                 topic: topic.to_owned(),

@@ -4,34 +4,23 @@ use sqlx::{AssertSqlSafe, PgPool};
 
 use crate::chance;
 
+/// Of one moment: what is parked may be pending at the next, and the reverse.
+const LEFT: &str = "SELECT \
+    (SELECT count(*) FROM postbox.outbox) - coalesce((SELECT sum(postbox.next_offset(name)) FROM postbox.topic), 0)::bigint, \
+    (SELECT count(*) FROM postbox.subscription), \
+    ARRAY(SELECT format('group %s lags by %s on %s', s.group_name, b.next_offset - b.position, s.topic) \
+        FROM postbox.subscription s CROSS JOIN LATERAL postbox.backlog(s.id) b WHERE b.next_offset <> b.position ORDER BY 1), \
+    (SELECT count(*) FROM postbox.redelivery WHERE state <> 'halted'), \
+    (SELECT count(*) FROM postbox.parked_key)";
+
 /// What is still to be done, in words; `None`: nothing.
 pub(crate) async fn what_is_left(pool: &PgPool) -> anyhow::Result<Option<String>> {
-    let unsequenced: i64 = sqlx::query_scalar(
-        "SELECT (SELECT count(*) FROM postbox.outbox) - coalesce(sum(postbox.next_offset(name)), 0)::bigint FROM postbox.topic",
-    )
-    .fetch_one(pool)
-    .await?;
-    // After the look at the outbox: what is sequenced meanwhile is waited for too.
-    let status = postbox_dispatcher::status::read(pool).await?;
-    let waiting: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.redelivery WHERE state <> 'halted'")
-        .fetch_one(pool)
-        .await?;
-    let behind: i64 = sqlx::query_scalar("SELECT count(*) FROM postbox.parked_key")
-        .fetch_one(pool)
-        .await?;
-    let mut left = Vec::new();
+    let (unsequenced, subscriptions, mut left, waiting, behind): (i64, i64, Vec<String>, i64, i64) =
+        sqlx::query_as(LEFT).fetch_one(pool).await?;
     if unsequenced != 0 {
         left.push(format!("{unsequenced} messages are not in order"));
     }
-    for subscription in &status.subscriptions {
-        if subscription.lag != 0 {
-            left.push(format!(
-                "group {} lags by {} on {}",
-                subscription.group_name, subscription.lag, subscription.topic
-            ));
-        }
-    }
-    if status.subscriptions.is_empty() {
+    if subscriptions == 0 {
         left.push("nobody has subscribed".to_owned());
     }
     if waiting != 0 {

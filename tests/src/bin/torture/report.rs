@@ -39,6 +39,7 @@ impl Report<'_> {
             "effect_duplicates": verdict.effect_duplicates,
             "duplicates": verdict.duplicates,
             "dead": verdict.dead,
+            "taken_back": verdict.taken_back,
             "quiescent": self.unsettled.is_none(),
             "oddities": self.oddities,
             "faults": verdict.faults,
@@ -69,6 +70,7 @@ impl Report<'_> {
         line("effect duplicates", verdict.effect_duplicates.to_string());
         line("duplicates", verdict.duplicates.to_string());
         line("dead letters", verdict.dead.to_string());
+        line("taken back", verdict.taken_back.to_string());
         line(
             "came to rest",
             self.unsettled

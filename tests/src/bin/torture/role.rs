@@ -1,4 +1,4 @@
-//! What all processes of the ordeal have in common: how they are told what to be, and how they end.
+//! What all processes of a run have in common: how they are told what to be, and how they end.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -22,11 +22,14 @@ pub(crate) struct RoleArgs {
     pub(crate) seed: u64,
     #[arg(long)]
     pub(crate) folder: PathBuf,
+    /// Of the program: consumers of version 1 have no handlers for the newer types
+    #[arg(long, default_value_t = 2)]
+    pub(crate) version: u8,
     #[arg(long, env = "DATABASE_URL")]
     pub(crate) database_url: String,
 }
 
-/// A process of the ordeal.
+/// A process of a run.
 pub(crate) struct Role {
     pub(crate) pool: PgPool,
     pub(crate) log: Log,
@@ -35,11 +38,8 @@ pub(crate) struct Role {
 }
 
 impl Role {
-    pub(crate) fn begin(
-        args: &RoleArgs,
-        connections: u32,
-        settings: &[(&'static str, &'static str)],
-    ) -> anyhow::Result<Self> {
+    /// `settings` are what this application sets on each of its connections, whatever the database defaults to.
+    pub(crate) fn begin(args: &RoleArgs, connections: u32, settings: &'static str) -> anyhow::Result<Self> {
         tracing_subscriber::fmt()
             .with_env_filter(
                 EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sqlx=error")),
@@ -51,7 +51,13 @@ impl Role {
         let pool = PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(Duration::from_secs(5))
-            .connect_lazy_with(options.options(settings.iter().copied()));
+            .after_connect(move |connection, _| {
+                Box::pin(async move {
+                    sqlx::raw_sql(settings).execute(connection).await?;
+                    Ok(())
+                })
+            })
+            .connect_lazy_with(options);
         let stop = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
         let token = stop.clone();

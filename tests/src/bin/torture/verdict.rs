@@ -5,16 +5,19 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use uuid::Uuid;
 
 use crate::clock::MILLISECOND;
-use crate::evidence::{Evidence, Run};
+use crate::evidence::{CutBack, Evidence, Run};
 use crate::history::Outcome;
 use crate::message::{EFFECTS, NODES, PLAIN, STRICT, topic_of};
-use crate::plan::PAST_LEASE;
+use crate::plan::{LEASE, PAST_LEASE};
 
 /// Which groups there are.
 const GROUPS: [&str; 3] = [PLAIN, EFFECTS, STRICT];
 
 /// A woken instance may write down the start of a run that it had decided upon before it froze.
 const WAKING: u64 = 300 * MILLISECOND;
+
+/// The end of a connection is noticed sooner.
+const NOTICING: u64 = 500 * MILLISECOND;
 
 /// A key was run here so shortly before a kill: it was at home here.
 const RECENTLY: u64 = 3_000 * MILLISECOND;
@@ -33,6 +36,8 @@ pub(crate) struct Verdict {
     pub(crate) effect_duplicates: u64,
     pub(crate) duplicates: u64,
     pub(crate) dead: u64,
+    /// Acknowledged, and gone with a database that was ended.
+    pub(crate) taken_back: u64,
     pub(crate) faults: BTreeMap<String, u64>,
     /// From each kill of a consumer to the first run of one of its keys elsewhere, in milliseconds, ascending; without those during which the
     /// server was down.
@@ -68,8 +73,30 @@ pub(crate) fn judge(evidence: &Evidence) -> Verdict {
     commits(evidence, &mut verdict);
     deliveries(evidence, &mut verdict);
     effects(evidence, &mut verdict);
+    let committed: HashSet<Uuid> = evidence.committed.iter().map(|message| message.id).collect();
     for ((group, key), runs) in by_key(evidence) {
-        order(evidence, group, key, &runs, &mut verdict);
+        // What went with a database that was ended left its numbers to others.
+        let of_this: Vec<&Run> = runs
+            .iter()
+            .copied()
+            .filter(|run| committed.contains(&run.id))
+            .collect();
+        order(evidence, group, key, &of_this, &mut verdict);
+        for cut in &evidence.cuts {
+            // And once more for what came after it: whatever was not settled there begins again, in order. Without what was run by somebody who may not
+            // have known yet.
+            let (doubtful, after): (Vec<&Run>, Vec<&Run>) = of_this
+                .iter()
+                .copied()
+                .filter(|run| run.start >= cut.to)
+                .partition(|run| run.start <= forgotten_by(evidence, cut, &run.instance));
+            let doubtful: HashSet<Uuid> = doubtful.iter().map(|run| run.id).collect();
+            let after: Vec<&Run> = after
+                .into_iter()
+                .filter(|run| !doubtful.contains(&run.id))
+                .collect();
+            order(evidence, group, key, &after, &mut verdict);
+        }
         overlaps(evidence, group, key, &runs, &mut verdict);
     }
     nodes(evidence, &mut verdict);
@@ -80,12 +107,30 @@ pub(crate) fn judge(evidence: &Evidence) -> Verdict {
 fn commits(evidence: &Evidence, verdict: &mut Verdict) {
     let committed: HashSet<Uuid> = evidence.committed.iter().map(|message| message.id).collect();
     for id in evidence.acknowledged.difference(&committed) {
+        if evidence.was_taken_back(id) {
+            verdict.taken_back += 1;
+            continue;
+        }
         verdict.lost += 1;
         verdict.find(format!(
             "lost: {id} was acknowledged and is not in the business table"
         ));
     }
+    for id in evidence
+        .cuts
+        .iter()
+        .flat_map(|cut| cut.kept.difference(&committed))
+    {
+        verdict.lost += 1;
+        verdict.find(format!(
+            "lost: {id} was in the business table when the database had gone back, and is not any more"
+        ));
+    }
     for id in evidence.aborted.intersection(&committed) {
+        // Rolled back after it was prepared, and the rollback was taken back.
+        if evidence.was_taken_back(id) {
+            continue;
+        }
         verdict.phantom += 1;
         verdict.find(format!("phantom: {id} was aborted and is in the business table"));
     }
@@ -97,7 +142,8 @@ fn deliveries(evidence: &Evidence, verdict: &mut Verdict) {
     let mut ok: HashMap<(&str, Uuid), u64> = HashMap::new();
     let mut phantoms = HashSet::new();
     for run in &evidence.runs {
-        if !committed.contains(&run.id) && phantoms.insert(run.id) {
+        if !committed.contains(&run.id) && !is_of_an_ended_database(evidence, run) && phantoms.insert(run.id)
+        {
             verdict.phantom += 1;
             verdict.find(format!(
                 "phantom: {} was never committed, and was run: {run:?}",
@@ -128,6 +174,25 @@ fn deliveries(evidence: &Evidence, verdict: &mut Verdict) {
             }
         }
     }
+}
+
+/// A message that went with a database that was ended, run while that was up, or before this instance could know of its end.
+fn is_of_an_ended_database(evidence: &Evidence, run: &Run) -> bool {
+    !evidence.aborted.contains(&run.id)
+        && evidence.cuts.iter().any(|cut| {
+            let known = forgotten_by(evidence, cut, &run.instance).max(cut.to + LEASE.as_nanos() as u64);
+            evidence.went_with(cut, &run.id) && run.start <= known
+        })
+}
+
+/// When an instance had forgotten at last what it knew of the database that was ended.
+fn forgotten_by(evidence: &Evidence, cut: &CutBack, instance: &str) -> u64 {
+    let out_of_reach = evidence.freezes.iter().chain(&evidence.blind);
+    out_of_reach
+        .filter(|span| span.instance == instance && span.from < cut.to && cut.from < span.to)
+        .map(|span| span.to)
+        .fold(cut.to, u64::max)
+        + NOTICING
 }
 
 /// I6: the effects of a key are there once, and in its order.
@@ -184,7 +249,8 @@ fn order(evidence: &Evidence, group: &str, key: &str, runs: &[&Run], verdict: &m
         }
     }
     for ((n, run), (next, successor)) in first.iter().zip(first.iter().skip(1)) {
-        let dead = evidence.dead.contains(&(group.to_owned(), run.id));
+        let letter = (group.to_owned(), run.id);
+        let dead = evidence.dead.contains(&letter) || evidence.dead_before.contains(&letter);
         let settled = done.get(n).is_some_and(|end| *end <= successor.start);
         if successor.start < run.start || !(settled || dead) {
             verdict.reordered += 1;
@@ -215,14 +281,22 @@ fn overlaps(evidence: &Evidence, group: &str, key: &str, runs: &[&Run], verdict:
     }
 }
 
-/// Whether its instance was frozen past its lease while it went on.
+/// Whether its instance was frozen past its lease while it went on; or frozen or out of reach while the database went back, which may know nothing
+/// of that lease.
 fn is_zombie(evidence: &Evidence, run: &Run) -> bool {
-    evidence.freezes.iter().any(|freeze| {
-        freeze.instance == run.instance
-            && freeze.to - freeze.from >= PAST_LEASE.as_nanos() as u64
-            && run.start <= freeze.to + WAKING
-            && freeze.from <= run.end
-    })
+    let past_lease = evidence
+        .freezes
+        .iter()
+        .filter(|freeze| freeze.to - freeze.from >= PAST_LEASE.as_nanos() as u64);
+    let out_of_reach = evidence.freezes.iter().chain(&evidence.blind).filter(|span| {
+        evidence
+            .cuts
+            .iter()
+            .any(|cut| span.from < cut.to && cut.from < span.to)
+    });
+    past_lease
+        .chain(out_of_reach)
+        .any(|span| span.instance == run.instance && run.start <= span.to + WAKING && span.from <= run.end)
 }
 
 /// I10: a node that is up sees every message once, in order.
@@ -275,11 +349,18 @@ pub(crate) fn nodes_behind(evidence: &Evidence) -> Vec<String> {
 }
 
 /// What each node has seen of each key, in the order in which it was done.
+///
+/// Without what went with a database that was ended, whose numbers are others' now.
 fn by_node(evidence: &Evidence) -> BTreeMap<&str, BTreeMap<&str, Vec<i64>>> {
+    let committed: HashSet<Uuid> = match evidence.cuts.is_empty() {
+        true => HashSet::new(),
+        false => evidence.committed.iter().map(|message| message.id).collect(),
+    };
     let mut runs: Vec<&Run> = evidence
         .runs
         .iter()
         .filter(|run| run.group == NODES && run.how == Some(Outcome::Ok))
+        .filter(|run| committed.is_empty() || committed.contains(&run.id))
         .collect();
     runs.sort_by_key(|run| run.end);
     let mut nodes: BTreeMap<&str, BTreeMap<&str, Vec<i64>>> = BTreeMap::new();
@@ -628,5 +709,121 @@ mod tests {
         assert_eq!(judge(&evidence).takeovers_ms, [1_700]);
         evidence.outages = vec![(300 * MILLISECOND, 900 * MILLISECOND)];
         assert_eq!(judge(&evidence).takeovers_ms, Vec::<u64>::new());
+    }
+
+    /// Message 3 was run by all, and went with a database that was ended; 4 has its number now.
+    fn cut_back() -> Evidence {
+        let mut evidence = sound();
+        let at = |ms: u64| ms * MILLISECOND;
+        evidence.cuts.push(CutBack {
+            from: at(400),
+            to: at(5_000),
+            kept: HashSet::from([id(1), id(2)]),
+        });
+        evidence.published_at = (1..=3).map(|n| (id(n), at(n as u64 * 100 - 50))).collect();
+        evidence.published_at.insert(id(4), at(6_000));
+        evidence.acknowledged.insert(id(4));
+        evidence.committed[2].id = id(4);
+        evidence.effects[2].id = id(4);
+        for (group, start) in [(PLAIN, 6_100), (EFFECTS, 6_100), (NODES, 6_100)] {
+            let mut again = run("a", group, 3, start, start + 10);
+            again.id = id(4);
+            evidence.runs.push(again);
+        }
+        evidence
+    }
+
+    #[test]
+    fn what_went_with_a_database_that_was_ended_is_taken_back_and_not_lost() {
+        let verdict = judge(&cut_back());
+        assert_eq!(verdict.findings, Vec::<String>::new());
+        assert_eq!((verdict.taken_back, verdict.delivered), (1, 6));
+    }
+
+    #[test]
+    fn what_the_database_still_had_and_what_came_after_may_not_be_lost() {
+        for gone in [2, 4] {
+            let mut evidence = cut_back();
+            evidence.committed.retain(|message| message.id != id(gone));
+            evidence.runs.retain(|run| run.id != id(gone));
+            evidence.effects.retain(|effect| effect.id != id(gone));
+            let verdict = judge(&evidence);
+            assert!(verdict.lost > 0, "{gone}: {verdict:?}");
+        }
+        for group in [PLAIN, EFFECTS, NODES] {
+            let mut evidence = cut_back();
+            evidence.runs.retain(|run| run.group != group || run.id != id(4));
+            assert_eq!(judge(&evidence).lost, 1, "{group}");
+        }
+    }
+
+    #[test]
+    fn whoever_runs_what_was_taken_back_long_after_it_has_a_phantom() {
+        let mut evidence = cut_back();
+        let mut late = run("a", PLAIN, 3, 5_300, 5_310);
+        late.id = id(3);
+        evidence.runs.push(late.clone());
+        assert_eq!(judge(&evidence).phantom, 0);
+        late.start = 20_000 * MILLISECOND;
+        late.end = 20_010 * MILLISECOND;
+        evidence.runs.push(late);
+        assert_eq!(judge(&evidence).phantom, 1);
+        evidence.blind.push(Freeze {
+            instance: "a".to_owned(),
+            from: 4_000 * MILLISECOND,
+            to: 20_000 * MILLISECOND,
+        });
+        assert_eq!(judge(&evidence).phantom, 0);
+    }
+
+    #[test]
+    fn what_begins_again_after_the_database_went_back_begins_in_order() {
+        let mut evidence = cut_back();
+        evidence.runs.push(run("b", PLAIN, 1, 5_800, 5_810));
+        evidence.runs.push(run("b", PLAIN, 2, 5_900, 5_910));
+        assert_eq!(judge(&evidence).reordered, 0);
+        evidence.runs.push(run("b", PLAIN, 2, 5_700, 5_710));
+        evidence.runs.sort_by_key(|run| run.start);
+        assert_eq!(judge(&evidence).reordered, 1);
+    }
+
+    #[test]
+    fn what_somebody_ran_who_may_not_have_known_says_nothing_about_the_order_after_it() {
+        let mut evidence = cut_back();
+        evidence.blind.push(Freeze {
+            instance: "b".to_owned(),
+            from: 4_000 * MILLISECOND,
+            to: 5_850 * MILLISECOND,
+        });
+        for (n, start) in [(1, 5_700), (2, 5_800), (1, 6_900)] {
+            evidence.runs.push(run("b", PLAIN, n, start, start + 10));
+        }
+        evidence.runs.sort_by_key(|run| run.start);
+        assert_eq!(judge(&evidence).reordered, 0);
+    }
+
+    #[test]
+    fn a_node_that_sees_again_what_it_saw_before_the_database_went_back_is_out_of_order() {
+        let mut evidence = cut_back();
+        evidence.runs.push(run("a", NODES, 2, 5_900, 5_910));
+        assert_eq!(judge(&evidence).reordered, 1);
+    }
+
+    #[test]
+    fn runs_of_an_instance_that_was_out_of_reach_while_the_database_went_back_are_zombies() {
+        let mut evidence = cut_back();
+        let mut zombie = run("z", PLAIN, 3, 300, 6_105);
+        zombie.how = Some(Outcome::Dropped);
+        zombie.id = id(3);
+        evidence.runs.push(zombie);
+        evidence.runs.sort_by_key(|run| run.start);
+        assert_eq!(judge(&evidence).concurrent, 2);
+        evidence.blind.push(Freeze {
+            instance: "z".to_owned(),
+            from: 350 * MILLISECOND,
+            to: 6_105 * MILLISECOND,
+        });
+        let verdict = judge(&evidence);
+        assert_eq!((verdict.concurrent, verdict.zombie_overlaps), (0, 2));
     }
 }

@@ -8,7 +8,7 @@ pub struct OrderPlaced {
     order_id: u64,
 }
 
-async fn takes_something_else(_order: OrderPlaced) {}
+async fn takes_something_else(_order: u64) {}
 
 async fn returns_something_else(_letter: DeadLetter) -> u64 {
     7

@@ -1,0 +1,175 @@
+//! Runs a transactional handler: its effect and its settlement commit together, fenced by the lanes' epochs.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use futures_util::FutureExt;
+use postbox_core::link::explain;
+
+use crate::connections::Share;
+use crate::connections::{Checkout, Committed, MARKED, Statements};
+use crate::extract::Invocation;
+use crate::extract::TxSource;
+use crate::handler::router::Handler;
+use crate::ids::{ConsumerId, Epoch, Lane, SubscriptionId};
+use crate::outcome::HandlerError;
+use crate::outcome::timed_out;
+
+/// How a run ended.
+pub(crate) enum Verdict {
+    Settled,
+    Failed(HandlerError),
+    /// The transaction could not begin, or was lost before its commit: the handler is not to blame.
+    Unavailable(String),
+    /// The connection was lost during the commit.
+    InDoubt(String),
+    /// The lane has another owner; nothing was committed.
+    Stale,
+}
+
+/// What a settlement is fenced by.
+pub(crate) struct Fence {
+    pub(crate) consumer: ConsumerId,
+    pub(crate) subscription: SubscriptionId,
+    /// With their epochs, in order, so that two fences cannot wait for each other.
+    pub(crate) lanes: Vec<(Lane, Epoch)>,
+    /// The messages to be settled, with their lanes.
+    pub(crate) messages: Vec<(Lane, i64)>,
+    /// The one message has a row in `postbox.redelivery`, which goes with the same commit.
+    pub(crate) stored: bool,
+}
+
+impl Fence {
+    /// The last statements of the transaction.
+    fn statements(&self) -> Vec<String> {
+        let Fence {
+            consumer,
+            subscription,
+            lanes,
+            messages,
+            stored,
+        } = self;
+        if let ([(lane, epoch)], [(_, offset)]) = (lanes.as_slice(), messages.as_slice()) {
+            // The bigint in quotes, or it would be an integer that is cast when it is called.
+            let mut statements = vec![format!(
+                "CALL postbox.settle({consumer}, {subscription}, {lane}, {epoch}, '{offset}', {MARKED})"
+            )];
+            if *stored {
+                statements.push(format!(
+                    "DELETE FROM postbox.redelivery WHERE subscription_id OPERATOR(pg_catalog.=) {subscription} \
+                        AND \"offset\" OPERATOR(pg_catalog.=) {offset}"
+                ));
+            }
+            return statements;
+        }
+        vec![format!(
+            "SELECT postbox.settle_batch({consumer}, {subscription}, '{{{}}}', '{{{}}}', '{{{}}}', '{{{}}}', {MARKED})",
+            list(lanes.iter().map(|(lane, _)| lane)),
+            list(lanes.iter().map(|(_, epoch)| epoch)),
+            list(messages.iter().map(|(lane, _)| lane)),
+            list(messages.iter().map(|(_, offset)| offset)),
+        )]
+    }
+}
+
+fn list(numbers: impl Iterator<Item = impl ToString>) -> String {
+    numbers
+        .map(|number| number.to_string())
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+/// Raised by `postbox.settle`.
+const STALE: &str = "PB001";
+/// Raised by `postbox.settle`: it is not the transaction that the handler was given.
+const ANOTHERS: &str = "PB006";
+/// There is no transaction to commit.
+const NO_TRANSACTION: &str = "25P01";
+/// An earlier statement failed, and the handler has not minded.
+const ABORTED: &str = "25P02";
+
+/// Where messages of this subscription get their transactions.
+pub(crate) struct Source {
+    pub(crate) share: Arc<Share>,
+    /// How its transactions begin and end.
+    pub(crate) statements: Arc<Statements>,
+    /// One that the message before left.
+    pub(crate) checkout: Option<Checkout>,
+    /// Since when the message could run: its transaction does not begin earlier.
+    pub(crate) ready_since: Option<Instant>,
+}
+
+/// Also gives back the transaction that follows on the same connection, if it is in order.
+pub(crate) async fn run(
+    source: Source,
+    fence: Fence,
+    handler: Arc<Handler>,
+    mut invocation: Invocation,
+) -> (Verdict, Option<Checkout>) {
+    let begun = match source.checkout {
+        Some(checkout) => {
+            checkout
+                .not_before(source.ready_since.unwrap_or_else(Instant::now))
+                .await
+        }
+        None => source.share.begin(source.statements).await,
+    };
+    let checkout = match begun {
+        Ok(checkout) => checkout,
+        Err(error) => return (Verdict::Unavailable(explain(&error)), None),
+    };
+    let slot = Arc::new(Mutex::new(Some(checkout)));
+    invocation.tx = Some(TxSource::Handlers(slot.clone()));
+    let timeout = handler.timeout;
+    let run = AssertUnwindSafe(handler.call(invocation)).catch_unwind();
+    let outcome = match tokio::time::timeout(timeout, run).await {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(panic)) => Err(crate::outcome::panicked(panic)),
+        Err(_) => Err(timed_out(timeout)),
+    };
+    let Some(mut checkout) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+        let failure =
+            HandlerError::retry("the handler still has its Tx: it must let it go before it returns");
+        return (Verdict::Failed(failure), None);
+    };
+    match outcome {
+        Ok(()) => commit(checkout, &fence).await,
+        Err(failure) if checkout.is_anothers().await => (Verdict::Failed(ended(&failure)), None),
+        Err(failure) => (Verdict::Failed(failure), checkout.rolled_back().await.ok()),
+    }
+}
+
+async fn commit(checkout: Checkout, fence: &Fence) -> (Verdict, Option<Checkout>) {
+    let (error, checkout) = match checkout.commit(&fence.statements()).await {
+        Committed::Yes(next) => return (Verdict::Settled, next),
+        Committed::No(sqlx::Error::Database(error), checkout) => (error, checkout),
+        Committed::No(error, _) => return (Verdict::InDoubt(error.to_string()), None),
+    };
+    // The server answered, so nothing was committed; unless it says that it is going down.
+    let verdict = match error.code().as_deref() {
+        Some(STALE) => Verdict::Stale,
+        Some(code) if code.starts_with("57P") => Verdict::InDoubt(error.to_string()),
+        // What it began instead is nobody's, and rolled back with the connection's return.
+        Some(NO_TRANSACTION | ANOTHERS) => return (Verdict::Failed(ended(&"")), None),
+        Some(ABORTED) => Verdict::Failed(HandlerError::retry(
+            "the handler returned Ok although a statement of its Tx failed, so nothing can be committed: it must return the error, or make a savepoint (tx.begin()) before what may fail",
+        )),
+        // Deferred constraints and serialization failures are the handler's.
+        _ => Verdict::Failed(HandlerError::retry(format!("cannot commit: {error}"))),
+    };
+    (verdict, checkout.rolled_back().await.ok())
+}
+
+/// Not again, because an effect that the handler committed itself would happen again.
+fn ended(what: &impl std::fmt::Display) -> HandlerError {
+    let what = what.to_string();
+    let but = if what.is_empty() {
+        String::new()
+    } else {
+        format!(" (and then it failed: {what})")
+    };
+    HandlerError::dead_letter(format!(
+        "the handler has ended its transaction itself (COMMIT or ROLLBACK), so its effect is not tied to the message and would happen again with another attempt: it must leave the end to Postbox; savepoints are allowed{but}"
+    ))
+}

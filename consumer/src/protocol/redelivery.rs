@@ -1,0 +1,219 @@
+//! Reading `postbox.redelivery` and `postbox.parked_key`: what a lane's new owner finds, and what operators put back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use postbox::log::StoredMessage;
+use postbox::{Headers, MaybeTimestamptz, MessageId, Offset, StoredJson, Timestamptz};
+use sqlx::postgres::PgRow;
+use sqlx::{PgExecutor, Row};
+use uuid::Uuid;
+
+use crate::ids::{Lane, SubscriptionId};
+
+/// Copies of parked messages read at once.
+pub(crate) const COPIES: i64 = 128;
+
+/// Decisions of operators read at once.
+pub(crate) const DECIDED: i64 = 256;
+
+/// A message of a lane that passed it without success.
+pub(crate) struct Held {
+    pub(crate) lane: Lane,
+    pub(crate) state: HeldState,
+    /// Attempts made.
+    pub(crate) attempts: u32,
+    pub(crate) due_in: Duration,
+    /// Since when it fails.
+    pub(crate) failing_for: Option<Duration>,
+    pub(crate) message: StoredMessage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HeldState {
+    Retry,
+    Parked,
+    Waiting,
+    Trying,
+    Halted,
+    Redriven,
+    Released,
+}
+
+/// A key with parked messages: first those that were copied, then those in the log.
+pub(crate) struct ParkedKey {
+    pub(crate) key: i32,
+    pub(crate) parked: Parked,
+}
+
+/// Where the parked messages of a key are, from which offsets on; one of the two is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Parked {
+    /// Copied to `redelivery` before their slot was truncated.
+    pub(crate) copies: Option<i64>,
+    /// In the log.
+    pub(crate) log: Option<i64>,
+}
+
+impl Parked {
+    /// Nothing that is parked has an offset below this.
+    pub(crate) fn first(&self) -> i64 {
+        let first = [self.copies, self.log].into_iter().flatten().min();
+        first.unwrap_or(i64::MAX)
+    }
+}
+
+/// No wait is longer than it was when it was written, so one that was written while the clock was ahead ends.
+macro_rules! columns {
+    ($rest:literal) => {
+        concat!(
+            "SELECT \"offset\", lane, state, attempt, extract(epoch FROM least(due_at - postbox.clock(), due_at - noted_at))::float8, \
+             extract(epoch FROM postbox.clock() - failed_at)::float8, seq, id, type, key, key_hash, headers, content_type, payload, \
+             published_at, expires_at FROM postbox.redelivery WHERE subscription_id = $1 AND ",
+            $rest
+        )
+    };
+}
+
+/// Everything that holds a key or runs again; what is parked behind it is read when its turn comes, and so is what waits without a key.
+const OF_LANES: &str = columns!(
+    "lane = ANY ($2) AND state <> 'parked' AND (state <> 'waiting' OR $3 = 'topic' OR $3 = 'key' AND key_hash IS NOT NULL) ORDER BY \"offset\""
+);
+
+/// What waits without holding a key, in no order.
+const WAITING: &str = columns!(
+    "lane = ANY ($3) AND coalesce(type, '') = ANY ($4) AND state = 'waiting' AND ($5 = 'none' OR $5 = 'key' AND key_hash IS NULL) LIMIT $2"
+);
+
+const OF_OPERATORS: &str =
+    columns!("lane = ANY ($3) AND state IN ('redriven', 'released') ORDER BY \"offset\" LIMIT $2");
+
+const COPIES_OF_KEY: &str =
+    columns!("key_hash = $2 AND \"offset\" >= $3 AND state = 'parked' ORDER BY \"offset\" LIMIT $4");
+
+const PARKED_KEYS: &str = "SELECT key_hash, c.\"offset\", k.\"offset\" FROM ( \
+         SELECT key_hash, min(\"offset\") AS \"offset\" FROM postbox.redelivery \
+         WHERE subscription_id = $1 AND lane = ANY ($2) AND state = 'parked' GROUP BY key_hash) c \
+     FULL JOIN (SELECT key_hash, \"offset\" FROM postbox.parked_key WHERE subscription_id = $1 AND lane = ANY ($2)) k USING (key_hash)";
+
+/// What is held of lanes that were just claimed, by offset.
+pub(crate) async fn of_lanes(
+    executor: impl PgExecutor<'_>,
+    subscription: SubscriptionId,
+    lanes: &[Lane],
+    order: &str,
+) -> Result<Vec<Held>, sqlx::Error> {
+    let query = sqlx::query(OF_LANES).bind(subscription).bind(lanes).bind(order);
+    decode_all(&query.fetch_all(executor).await?)
+}
+
+/// What operators decided of messages of these lanes and their owner has not taken up, by offset, at most [`DECIDED`].
+pub(crate) async fn of_operators(
+    executor: impl PgExecutor<'_>,
+    subscription: SubscriptionId,
+    lanes: &[Lane],
+) -> Result<Vec<Held>, sqlx::Error> {
+    decode_all(
+        &sqlx::query(OF_OPERATORS)
+            .bind(subscription)
+            .bind(DECIDED)
+            .bind(lanes)
+            .fetch_all(executor)
+            .await?,
+    )
+}
+
+/// What waits in these lanes, without holding a key, for an instance that handles one of these types; at most [`DECIDED`].
+pub(crate) async fn waiting(
+    executor: impl PgExecutor<'_>,
+    subscription: SubscriptionId,
+    lanes: &[Lane],
+    types: &[String],
+    order: &str,
+) -> Result<Vec<Held>, sqlx::Error> {
+    let query = sqlx::query(WAITING)
+        .bind(subscription)
+        .bind(DECIDED)
+        .bind(lanes)
+        .bind(types)
+        .bind(order);
+    decode_all(&query.fetch_all(executor).await?)
+}
+
+/// Copies of parked messages of a key from an offset on, in order, at most [`COPIES`].
+pub(crate) async fn copies(
+    executor: impl PgExecutor<'_>,
+    subscription: SubscriptionId,
+    key: i32,
+    from: i64,
+) -> Result<Vec<Held>, sqlx::Error> {
+    decode_all(
+        &sqlx::query(COPIES_OF_KEY)
+            .bind(subscription)
+            .bind(key)
+            .bind(from)
+            .bind(COPIES)
+            .fetch_all(executor)
+            .await?,
+    )
+}
+
+/// Which keys of these lanes have parked messages.
+pub(crate) async fn parked_keys(
+    executor: impl PgExecutor<'_>,
+    subscription: SubscriptionId,
+    lanes: &[Lane],
+) -> Result<Vec<ParkedKey>, sqlx::Error> {
+    let rows: Vec<(i32, Option<i64>, Option<i64>)> = sqlx::query_as(PARKED_KEYS)
+        .bind(subscription)
+        .bind(lanes)
+        .fetch_all(executor)
+        .await?;
+    Ok(rows
+        .into_iter()
+        .map(|(key, copies, log)| ParkedKey {
+            key,
+            parked: Parked { copies, log },
+        })
+        .collect())
+}
+
+fn decode_all(rows: &[PgRow]) -> Result<Vec<Held>, sqlx::Error> {
+    rows.iter().map(decode).collect()
+}
+
+fn decode(row: &PgRow) -> Result<Held, sqlx::Error> {
+    let span = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+    let headers: Option<StoredJson<'_>> = row.try_get(11)?;
+    let state = match row.try_get(2)? {
+        "parked" => HeldState::Parked,
+        "waiting" => HeldState::Waiting,
+        "trying" => HeldState::Trying,
+        "halted" => HeldState::Halted,
+        "redriven" => HeldState::Redriven,
+        "released" => HeldState::Released,
+        _ => HeldState::Retry,
+    };
+    Ok(Held {
+        lane: row.try_get(1)?,
+        state,
+        attempts: row.try_get::<i32, _>(3)?.max(0) as u32,
+        due_in: span(row.try_get(4)?),
+        failing_for: row.try_get::<Option<f64>, _>(5)?.map(span),
+        message: StoredMessage {
+            id: MessageId::from(row.try_get::<Uuid, _>(7)?),
+            offset: Offset::new(row.try_get(0)?),
+            seq: row.try_get(6)?,
+            message_type: row.try_get::<Option<&str>, _>(8)?.map(Arc::from),
+            key: row.try_get::<Option<&str>, _>(9)?.map(Box::from),
+            key_hash: row.try_get(10)?,
+            headers: headers.map(|stored| Box::new(Headers::from_stored(stored.0))),
+            content_type: row.try_get::<Option<&str>, _>(12)?.map(Box::from),
+            payload: row.try_get::<&[u8], _>(13)?.into(),
+            published_at: row.try_get::<Timestamptz, _>(14)?.0,
+            // Once it has been tried, it is seen through.
+            expires_at: row.try_get::<MaybeTimestamptz, _>(15)?.0,
+            unreadable: None,
+        },
+    })
+}
