@@ -245,7 +245,7 @@ async fn the_lanes_of_a_killed_instance_run_elsewhere_within_three_seconds() {
     let second = Process::start(&bench, "second");
     let third = Process::start(&bench, "third");
     for process in [&first, &second, &third] {
-        process.owns(&pool, 20..=23).await;
+        process.owns(&pool, 20..=22).await;
     }
     let mut took = Vec::new();
     let each = load(&pool, async {
@@ -308,8 +308,10 @@ async fn instances_that_join_and_leave_under_load_keep_every_key_in_order_and_al
         let second = Process::start(&bench, "second");
         second.owns(&pool, 32..=32).await;
         let mut third = Process::start(&bench, "third");
-        third.owns(&pool, 20..=22).await;
-        first.owns(&pool, 21..=23).await;
+        // Of two groups' 32 lanes three instances have ten or eleven each; who has eleven is by their sessions' numbers, which are by chance.
+        for process in [&third, &second, &first] {
+            process.owns(&pool, 20..=22).await;
+        }
         third.signal("-TERM");
         third.owns(&pool, 0..=0).await;
         second.owns(&pool, 32..=32).await;

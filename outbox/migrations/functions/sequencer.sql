@@ -161,13 +161,16 @@ BEGIN
         SELECT t.id, t.snapshot, t.part_look INTO last_tick, last_look, part_look FROM postbox.tick t ORDER BY t.id DESC LIMIT 1;
         last_seq := NULL;
         last_topic := NULL;
-        -- Under the lock nobody else takes the next number; the caller could not know it.
-        latest := coalesce(pg_sequence_last_value('postbox.tick_id'), 0) + 1;
-        seal := encode(substr(sha256(run_key || convert_to(latest::text, 'UTF8')), 1, 16), 'hex') || ' ' || latest;
-        latest := NULL;
+        seal := NULL;
         IF at_most IS NOT NULL OR part_look IS NOT NULL THEN
             SELECT p.* INTO part_since, part_look, part_from, part_to FROM postbox.next_part(at_most) p;
         END IF;
+    END IF;
+    IF seal IS NULL THEN
+        -- The caller could not know the number of this tick: others took steps, or it is the database's first. Under the lock nobody else takes it.
+        latest := coalesce(pg_sequence_last_value('postbox.tick_id'), 0) + 1;
+        seal := encode(substr(sha256(run_key || convert_to(latest::text, 'UTF8')), 1, 16), 'hex') || ' ' || latest;
+        latest := NULL;
     END IF;
     look := pg_current_snapshot();
     IF look::text = last_look::text THEN

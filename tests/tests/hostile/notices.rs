@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::support::{Bench, History, PATIENCE, Step, bench, publish_steps, settled, step};
 use postbox::Outgoing;
 use postbox_consumer::{Consumer, ConsumerHandle, HandlerDefinition, State, handler, handlers};
+use postbox_core::seal::{Heard, Seal};
 use postbox_dispatcher::Dispatcher;
 use postbox_testkit::{TestPostgres, eventually};
 use sqlx::postgres::PgListener;
@@ -155,6 +156,52 @@ async fn reading_by_address_gives_no_row_of_another_topic() {
     .await
     .unwrap();
     assert!(found.iter().all(Option::is_none), "{found:?}");
+}
+
+/// A step whose number the dispatcher could not know has its seal, too: the first of a database, and one after others took steps. Without it nobody
+/// believes the dispatcher, and everybody complains of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_the_sequencer_tells_is_known_to_be_its_own() {
+    let mut bench = bench().await;
+    let mut listener = PgListener::connect_with(bench.db.pool()).await.unwrap();
+    listener.listen("postbox_segment").await.unwrap();
+    // As a consumer that waits, since nobody else is told anything.
+    sqlx::query("SELECT pg_advisory_lock_shared(1347571761, 3)")
+        .execute(&mut listener)
+        .await
+        .unwrap();
+    let mut seal = Seal::of(&mut listener).await.unwrap();
+    // Steps that found nothing, before the first that finds something.
+    a_while().await;
+    for (n, before) in ["nothing", "nothing", "a step by hand", "another dispatcher"]
+        .into_iter()
+        .enumerate()
+    {
+        match before {
+            "a step by hand" => {
+                sqlx::query("SELECT nextval('postbox.tick_id')")
+                    .execute(bench.db.pool())
+                    .await
+                    .unwrap();
+            }
+            "another dispatcher" => {
+                let next = Dispatcher::new(bench.pool()).start().await.unwrap();
+                std::mem::replace(&mut bench.dispatcher, next).shutdown().await;
+            }
+            _ => {}
+        }
+        publish_steps(bench.db.pool(), &[step("k", n as i64)]).await;
+        let heard = tokio::time::timeout(PATIENCE, listener.recv())
+            .await
+            .unwrap()
+            .unwrap();
+        let opened = seal.open(heard.payload());
+        assert!(
+            matches!(opened, Heard::Announcement(_)),
+            "after {before}: {opened:?}, {}",
+            heard.payload()
+        );
+    }
 }
 
 /// What is heard is recorded and sent again, in this run and, with the numbers of a lost history, in the next.
