@@ -106,7 +106,7 @@ fn groups(groups: &[GroupState]) -> Table {
         let number = |number: Option<i64>| number.map_or("-".into(), |number| number.to_string());
         table.row([
             group.group.as_str().into(),
-            group.state.as_str().into(),
+            group.state.to_string().into(),
             number(group.attempt.map(i64::from)).into(),
             number(group.dead_letter).into(),
             group

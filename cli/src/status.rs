@@ -131,7 +131,7 @@ fn subscriptions(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Ta
         table.row([
             subscription.group_name.as_str().into(),
             subscription.topic.as_str().into(),
-            subscription.order_mode.as_str().into(),
+            subscription.order_mode.to_string().into(),
             format!("{}/{}", subscription.owned, subscription.lanes).into(),
             subscription.position.into(),
             subscription.next_offset.into(),
@@ -147,7 +147,10 @@ fn subscriptions(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Ta
             subscription.halted.into(),
             subscription.dead.into(),
             subscription.unknown.into(),
-            subscription.breaker.as_deref().unwrap_or("-").into(),
+            subscription
+                .breaker
+                .map_or_else(|| "-".to_owned(), |breaker| breaker.to_string())
+                .into(),
             kept_by(subscription).into(),
         ]);
     }

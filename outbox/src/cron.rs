@@ -44,13 +44,9 @@ mod schedule;
 mod wall;
 
 pub use crate::error::CronError;
+pub use crate::reserved::{CRON, SCHEDULED_AT};
 pub use register::{Cron, Registered, find, list, pause, remove, resume};
 pub use schedule::{Fired, MAX_MISSED, Missed, Schedule};
-
-/// Header of a firing: its due time, in RFC 3339.
-pub const SCHEDULED_AT: &str = "postbox-scheduled-at";
-/// Header of a firing: the name of its schedule.
-pub const CRON: &str = "postbox-cron";
 
 #[cfg(test)]
 mod tests {

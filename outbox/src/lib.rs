@@ -34,6 +34,7 @@ mod message;
 mod outgoing;
 mod position;
 mod publish;
+mod reserved;
 mod rules;
 mod schema;
 mod transaction;

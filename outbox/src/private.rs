@@ -1,6 +1,7 @@
-//! What `derive(Message)` expands to. Hidden and without a promise: only the derive of the same version uses it.
+//! What `derive(Message)` expands to, and what the other crates of Postbox share. Hidden and without a promise: only those of the same version use it.
 
 pub use crate::publish::OpenTransaction;
+pub use crate::reserved::dead_letters;
 pub use crate::transaction::{Transaction, begin_on};
 use std::borrow::Cow;
 use std::fmt::Display;

@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::headers::Headers;
+use crate::reserved::{self, dead_letters};
 
 /// Longest topic and message type, in characters.
 pub const MAX_NAME: usize = 255;
@@ -19,18 +20,18 @@ pub const MAX_HEADER_NAME: usize = 128;
 const RESERVED: &str = "postbox-";
 /// What Postbox itself adds.
 const ITS_OWN: [&str; 12] = [
-    "postbox-cron",
-    "postbox-dead-attempts",
-    "postbox-dead-group",
-    "postbox-dead-halted",
-    "postbox-dead-id",
-    "postbox-dead-offset",
-    "postbox-dead-published-at",
-    "postbox-dead-reason",
-    "postbox-dead-topic",
-    "postbox-scheduled-at",
-    "postbox-redriven",
-    "postbox-replayed",
+    reserved::CRON,
+    dead_letters::ATTEMPTS,
+    dead_letters::GROUP,
+    dead_letters::HALTED,
+    dead_letters::ID,
+    dead_letters::OFFSET,
+    dead_letters::PUBLISHED_AT,
+    dead_letters::REASON,
+    dead_letters::TOPIC,
+    reserved::SCHEDULED_AT,
+    reserved::REDRIVEN,
+    reserved::REPLAYED,
 ];
 
 /// Whether a text may name a topic, a message type or a consumer group.

@@ -5,6 +5,9 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
+use postbox::__private::dead_letters::{
+    ATTEMPTS, GROUP, HALTED, HEADER_PREFIX, ID, OFFSET, PUBLISHED_AT, REASON, TOPIC, TOPIC_PREFIX,
+};
 use postbox::{Headers, MessageId, Offset};
 
 use super::{Extract, Invocation, Needs};
@@ -89,19 +92,8 @@ impl DeadLetter {
 
 /// The topic of the dead letters of a group. postbox.publish_dead_letters writes them.
 pub(crate) fn topic_of(group: &str) -> String {
-    format!("dead/{group}")
+    format!("{TOPIC_PREFIX}{group}")
 }
-
-const GROUP: &str = "postbox-dead-group";
-const TOPIC: &str = "postbox-dead-topic";
-const ID: &str = "postbox-dead-id";
-const OFFSET: &str = "postbox-dead-offset";
-const PUBLISHED_AT: &str = "postbox-dead-published-at";
-const ATTEMPTS: &str = "postbox-dead-attempts";
-const REASON: &str = "postbox-dead-reason";
-const HALTED: &str = "postbox-dead-halted";
-/// What a header of these begins with.
-const OURS: &str = "postbox-dead-";
 
 impl Extract for DeadLetter {
     const NEEDS: Needs = Needs::DEAD_LETTER;
@@ -128,7 +120,7 @@ impl Extract for DeadLetter {
             key: message.key.as_deref().map(str::to_owned),
             headers: headers
                 .iter()
-                .filter(|(name, _)| !name.starts_with(OURS))
+                .filter(|(name, _)| !name.starts_with(HEADER_PREFIX))
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .collect(),
             content_type: message.content_type.as_deref().map(str::to_owned),

@@ -42,6 +42,51 @@ pub struct Whereabouts {
 }
 
 /// Where a message is for a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, sqlx::Type)]
+#[serde(rename_all = "lowercase")]
+#[sqlx(type_name = "text", rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum MessageState {
+    /// It is not yet due.
+    Scheduled,
+    /// It has no offset yet.
+    Unsequenced,
+    /// It is to be run, or is running.
+    Waiting,
+    /// It failed, and waits for its next attempt.
+    Retrying,
+    /// It waits for a message of its key that failed.
+    Parked,
+    /// It waits, and its key with it, for an instance that handles its type.
+    Unhandled,
+    /// Its attempts are exhausted, and its key waits for an operator.
+    Halted,
+    /// An operator has had it put back, to be run again.
+    Redriven,
+    /// It was given up, and is a dead letter.
+    Dead,
+    /// The group has passed it. It was handled or discarded, or the group does not take its type, or began after it.
+    Delivered,
+}
+
+impl std::fmt::Display for MessageState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            MessageState::Scheduled => "scheduled",
+            MessageState::Unsequenced => "unsequenced",
+            MessageState::Waiting => "waiting",
+            MessageState::Retrying => "retrying",
+            MessageState::Parked => "parked",
+            MessageState::Unhandled => "unhandled",
+            MessageState::Halted => "halted",
+            MessageState::Redriven => "redriven",
+            MessageState::Dead => "dead",
+            MessageState::Delivered => "delivered",
+        })
+    }
+}
+
+/// A group, and where a message is for it.
 #[derive(Debug, Clone, PartialEq, Serialize, FromRow)]
 #[non_exhaustive]
 pub struct GroupState {
@@ -49,18 +94,8 @@ pub struct GroupState {
     #[serde(rename = "group")]
     #[sqlx(rename = "group_name")]
     pub group: String,
-    /// One of:
-    /// - `scheduled`: it is not yet due;
-    /// - `unsequenced`: it has no offset yet;
-    /// - `waiting`: it is to be run, or is running;
-    /// - `retrying`: it failed, and waits for its next attempt;
-    /// - `parked`: it waits for a message of its key that failed;
-    /// - `unhandled`: it waits, and its key with it, for an instance that handles its type;
-    /// - `halted`: its attempts are exhausted, and its key waits for an operator;
-    /// - `redriven`: an operator has had it put back, to be run again;
-    /// - `dead`: it was given up, and is a dead letter;
-    /// - `delivered`: the group has passed it. It was handled or discarded, or the group does not take its type, or began after it.
-    pub state: String,
+    /// Where it is.
+    pub state: MessageState,
     /// Attempts made, where it failed.
     pub attempt: Option<i32>,
     /// When the next attempt is due, where it waits for one.

@@ -83,6 +83,54 @@ pub struct TopicStatus {
     pub next_offset: i64,
 }
 
+/// What runs one after another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, sqlx::Type)]
+#[serde(rename_all = "lowercase")]
+#[sqlx(type_name = "text", rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum OrderMode {
+    /// The messages of one key.
+    Key,
+    /// All messages of the topic.
+    Topic,
+    /// Nothing.
+    None,
+}
+
+impl std::fmt::Display for OrderMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            OrderMode::Key => "key",
+            OrderMode::Topic => "topic",
+            OrderMode::None => "none",
+        })
+    }
+}
+
+/// Whether a subscription's intake is stopped by its failures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, sqlx::Type)]
+#[serde(rename_all = "lowercase")]
+#[sqlx(type_name = "text", rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum BreakerState {
+    /// Messages fail broadly, so intake stopped and probes go on.
+    Open,
+    /// As many failed messages wait as may, so intake stopped.
+    Full,
+    /// All is well.
+    Closed,
+}
+
+impl std::fmt::Display for BreakerState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            BreakerState::Open => "open",
+            BreakerState::Full => "full",
+            BreakerState::Closed => "closed",
+        })
+    }
+}
+
 /// A group's subscription to a topic.
 #[derive(Debug, Serialize, FromRow)]
 #[non_exhaustive]
@@ -91,8 +139,8 @@ pub struct SubscriptionStatus {
     pub group_name: String,
     /// Topic.
     pub topic: String,
-    /// What runs one after another: key, topic or none.
-    pub order_mode: String,
+    /// What runs one after another.
+    pub order_mode: OrderMode,
     /// How many lanes it has.
     pub lanes: i16,
     /// How many lanes a live instance owns.
@@ -150,9 +198,8 @@ pub struct SubscriptionStatus {
     pub halted: i64,
     /// Dead letters.
     pub dead: i64,
-    /// What the instances' circuit breakers are, the worst of them: `open` (messages fail broadly, so intake stopped and probes go on), `full`
-    /// (as many failed messages wait as may, so intake stopped), `closed` (all is well); `None` where no live instance says.
-    pub breaker: Option<String>,
+    /// What the instances' circuit breakers are, the worst of them; `None` where no live instance says.
+    pub breaker: Option<BreakerState>,
     /// For how many seconds a message has waited for a connection of its instance's pool, where for more than one.
     pub connection_wait: Option<f64>,
     /// What keeps it from going on, or slows it down, in words: that it is paused, outside its window, limited, that its breaker is open, that no
@@ -174,10 +221,12 @@ impl SubscriptionStatus {
             (self.live && unowned > 0).then(|| format!("{unowned} of {} lanes have no owner", self.lanes)),
             self.paused.then(|| "paused".to_owned()),
             closed.map(|window| format!("outside its window {window}")),
-            match self.breaker.as_deref() {
-                Some("open") => Some("its breaker is open: messages fail broadly".to_owned()),
-                Some("full") => Some("as many messages wait for another attempt as may".to_owned()),
-                _ => None,
+            match self.breaker {
+                Some(BreakerState::Open) => Some("its breaker is open: messages fail broadly".to_owned()),
+                Some(BreakerState::Full) => {
+                    Some("as many messages wait for another attempt as may".to_owned())
+                }
+                Some(BreakerState::Closed) | None => None,
             },
             self.connection_wait
                 .map(|seconds| format!("a message has waited {seconds:.0} s for a connection of the pool")),

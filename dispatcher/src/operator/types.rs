@@ -1,5 +1,6 @@
 //! What groups handle and what is published: types and topics that one side has and the other has not, as findings.
 
+use postbox::__private::dead_letters::TOPIC_PREFIX;
 use std::collections::{BTreeMap, BTreeSet};
 
 use sqlx::PgPool;
@@ -21,9 +22,6 @@ const SCHEDULED_TOPICS: &str = "SELECT topic FROM postbox.cron";
 /// Pauses for which there is no subscription.
 const PAUSES_AHEAD: &str = "SELECT p.group_name, p.topic FROM postbox.pause p WHERE NOT EXISTS ( \
          SELECT FROM postbox.subscription s WHERE s.group_name = p.group_name AND p.topic IN ('', s.topic)) ORDER BY 1, 2";
-
-/// Of a group's dead letters, for who handles them.
-const DEAD: &str = "dead/";
 
 /// Live instances of a subscription, and what each handles.
 const INSTANCES: &str = "SELECT c.name, ARRAY(SELECT t.type FROM postbox.live_types(s.id) t WHERE t.consumer_id = c.id) \
@@ -51,7 +49,7 @@ pub(super) async fn examine(
             .fetch_all(pool)
             .await?;
         findings.extend(divided(subscription, &instances));
-        if let Some(of_group) = topic.strip_prefix(DEAD) {
+        if let Some(of_group) = topic.strip_prefix(TOPIC_PREFIX) {
             findings.extend(without_group(subscription, of_group, subscriptions));
             continue;
         }

@@ -9,6 +9,7 @@ use crate::support::{Bench, History, PATIENCE, Step, bench, publish_steps, settl
 use postbox_consumer::{
     DeadLetter, Delivery, Exhausted, Extract, HandlerDefinition, HandlerError, Retry, Tx,
 };
+use postbox_dispatcher::messages::MessageState;
 use postbox_dispatcher::{messages, status};
 use postbox_testkit::eventually;
 use uuid::Uuid;
@@ -172,7 +173,7 @@ async fn successors_of_a_failing_key_are_parked_and_run_in_order_and_no_other_ke
     let last = "SELECT id FROM postbox.outbox WHERE key = '0' ORDER BY seq DESC LIMIT 1";
     let last: Uuid = sqlx::query_scalar(last).fetch_one(bench.db.pool()).await.unwrap();
     let found = messages::show(bench.db.pool(), last).await.unwrap().unwrap();
-    assert_eq!(found.groups[0].state, "parked");
+    assert_eq!(found.groups[0].state, MessageState::Parked);
     up.store(true, Ordering::Relaxed);
     settled(bench.db.pool(), GROUP).await;
     history.assert_in_order_and_alone(4, 300);

@@ -294,7 +294,7 @@ async fn what_nobody_handles_waits_with_its_key_and_is_handled_by_who_joins() {
             .await
             .unwrap()
             .expect("it is there");
-        states.push(shown.groups[0].state.clone());
+        states.push(shown.groups[0].state.to_string());
     }
     assert_eq!(states, ["delivered", "unhandled", "parked", "unhandled"]);
     // Other keys go on, and the same ones wait.

@@ -1,7 +1,7 @@
 //! Subscriptions that stand still because everything fails, or because others have the connections.
 
 use super::{Finding, Severity, span};
-use crate::status::SubscriptionStatus;
+use crate::status::{BreakerState, SubscriptionStatus};
 
 pub(super) fn failing(subscription: &SubscriptionStatus) -> Vec<Finding> {
     let SubscriptionStatus {
@@ -12,14 +12,14 @@ pub(super) fn failing(subscription: &SubscriptionStatus) -> Vec<Finding> {
         ..
     } = subscription;
     let mut findings = Vec::new();
-    match subscription.breaker.as_deref() {
-        Some("open") => findings.push(Finding::new(
+    match subscription.breaker {
+        Some(BreakerState::Open) => findings.push(Finding::new(
             Severity::Warning,
             "breaker-open",
             format!("everything fails for {group_name} on {topic}: {retrying} messages are retried, and {backlog} wait"),
             "see the errors in its log or in postbox.redelivery; once one message succeeds it goes on by itself",
         )),
-        Some("full") => findings.push(Finding::new(
+        Some(BreakerState::Full) => findings.push(Finding::new(
             Severity::Warning,
             "failing-full",
             format!("{retrying} messages of {group_name} on {topic} fail, as many as may, so {backlog} others wait"),
