@@ -131,6 +131,8 @@ fn log_to_stderr(default: &str) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        // It would panic where standard error cannot be written to, and what cannot be logged must not stop what is logged.
+        .log_internal_errors(false)
         .init();
 }
 

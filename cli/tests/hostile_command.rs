@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Output, Stdio};
 
-use postbox_testkit::TestDatabase;
+use postbox_testkit::{TestDatabase, eventually};
 use serde_json::Value;
 
 fn command(db: &TestDatabase, arguments: &[&str]) -> Command {
@@ -499,4 +499,35 @@ async fn who_consumes_where_nobody_dispatches_is_told_so() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(told.join().unwrap().is_some());
+}
+
+/// Who read its log is gone, as when a collector is restarted: it dispatches all the same, and ends well when it is told to.
+#[tokio::test(flavor = "multi_thread")]
+async fn run_goes_on_where_nobody_reads_its_log_any_more() {
+    let db = TestDatabase::new().await.unwrap();
+    let mut child = command(&db, &["run"]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(log.any(|line| line.unwrap().contains("dispatching")));
+    drop(log);
+    for n in 1..4 {
+        // It has something to say of this.
+        sql(
+            &db,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'postbox%' AND datname = current_database()",
+        )
+        .await;
+        sql(&db, "SELECT postbox.publish('orders', '{}'::jsonb)").await;
+        eventually(std::time::Duration::from_secs(30), || async {
+            match number(&db, "SELECT coalesce(postbox.next_offset('orders'), 0)").await {
+                head if head == n => Ok(()),
+                head => Err(format!("{head} of {n} have an offset")),
+            }
+        })
+        .await;
+    }
+    let stopped = std::process::Command::new("kill")
+        .arg(child.id().to_string())
+        .status();
+    assert!(stopped.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }

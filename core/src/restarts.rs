@@ -1,6 +1,7 @@
 //! How often, and after which waits, a part that panics is started again.
 
 use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 /// A part that panics so often in a row will not do better.
@@ -44,6 +45,13 @@ impl Default for Restarts {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Logs what became of a part. Logging calls the application's subscriber, which may be what panics; whoever watches over parts must not end by that, or
+/// nobody would start them again or say that they are gone.
+pub fn say(log: impl FnOnce()) {
+    // There is nowhere left to tell that it cannot be told.
+    let _ = catch_unwind(AssertUnwindSafe(log));
 }
 
 /// What a panic said.

@@ -1,9 +1,12 @@
 //! The dispatcher: what an application or the `postbox` command runs.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use postbox_core::link::{self, Reconnect, explain};
+use postbox_core::restarts::panic_text;
 use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use tokio::sync::watch;
@@ -102,7 +105,8 @@ impl Dispatcher {
         let (end, ended) = watch::channel(None);
         let serve = self.serve(parts, token.clone());
         let task = tokio::spawn(async move {
-            if let Some(why) = Box::pin(serve).await {
+            let served = AssertUnwindSafe(Box::pin(serve)).catch_unwind().await;
+            if let Some(why) = served.unwrap_or_else(|panic| Some(panic_text(panic.as_ref()))) {
                 end.send_replace(Some(why));
             }
         });

@@ -3,7 +3,7 @@
 use std::panic::AssertUnwindSafe;
 
 use futures_util::FutureExt;
-use postbox_core::restarts::{Restarts, panic_text};
+use postbox_core::restarts::{Restarts, panic_text, say};
 use tracing::error;
 
 /// Runs it, again after each panic, with growing waits; returns when that is no use any more, and says why.
@@ -15,18 +15,22 @@ pub(crate) async fn run<F: Future<Output = ()>>(part: &'static str, mut start: i
             Err(panic) => panic_text(panic.as_ref()),
         };
         let Some(wait) = restarts.next_wait() else {
-            error!(
-                part,
-                why, "a part of the dispatcher panics again and again: the dispatcher ends"
-            );
+            say(|| {
+                error!(
+                    part,
+                    why, "a part of the dispatcher panics again and again: the dispatcher ends"
+                )
+            });
             return format!("{part} panics again and again, the last time with: {why}");
         };
-        error!(
-            part,
-            why,
-            ?wait,
-            "a part of the dispatcher panicked; starting it again"
-        );
+        say(|| {
+            error!(
+                part,
+                why,
+                ?wait,
+                "a part of the dispatcher panicked; starting it again"
+            )
+        });
         tokio::time::sleep(wait).await;
     }
 }

@@ -27,6 +27,9 @@ static AT: Mutex<&str> = Mutex::new("");
 static TIMES: AtomicU32 = AtomicU32::new(0);
 static PANICS: AtomicU32 = AtomicU32::new(0);
 
+/// Not the driver's, since a test has the driver write some, too.
+const EVERY_LINE_OF_OURS: &str = "every line";
+
 struct Panics;
 
 impl<S: Subscriber> Layer<S> for Panics {
@@ -37,7 +40,11 @@ impl<S: Subscriber> Layer<S> for Panics {
         }
         let mut text = Text(String::new());
         event.record(&mut text);
-        let is_hit = text.0.contains(at)
+        let is_meant = match at {
+            EVERY_LINE_OF_OURS => event.metadata().target().starts_with("postbox"),
+            at => text.0.contains(at),
+        };
+        let is_hit = is_meant
             && TIMES
                 .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
                 .is_ok();
@@ -307,6 +314,46 @@ async fn a_part_of_the_dispatcher_that_panics_for_ever_ends_it_and_it_says_so() 
         error.contains("timers") && error.contains("the subscriber panics"),
         "{error}"
     );
+}
+
+/// As where the standard error is a pipe that nobody reads any more: nothing can be said, and so nothing could be started again; but it ends where it
+/// is seen, since nobody should stand there without a part.
+#[tokio::test(flavor = "multi_thread")]
+async fn where_every_line_of_the_log_panics_it_ends_or_goes_on_and_never_stands_still() {
+    let alone = alone().await;
+    let mut bench = bench().await;
+    let history = History::default();
+    let mut consumer = bench.start(vec![handler("group", &history, |_| Ok(()))]).await;
+    publish_steps(bench.db.pool(), &steps(1, 1)).await;
+    history.has(1).await;
+    for n in 1..4 {
+        alone.panic_at(EVERY_LINE_OF_OURS, u32::MAX);
+        sqlx::query("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name LIKE 'postbox%' AND datname = current_database()")
+            .execute(bench.db.pool())
+            .await
+            .unwrap();
+        // Who runs it waits for `ended`, and starts it again.
+        publish_steps(bench.db.pool(), &[step("0", n)]).await;
+        let came = tokio::time::timeout(UNTIL_GIVEN_UP, async {
+            while history.of("0").last() != Some(&n) {
+                tokio::select! {
+                    _ = bench.dispatcher.ended() => {
+                        alone.panic_at("", 0);
+                        bench.dispatcher = Dispatcher::new(bench.db.pool().clone()).start().await.unwrap();
+                    }
+                    _ = consumer.ended() => {
+                        alone.panic_at("", 0);
+                        consumer = bench.start(vec![handler("group", &history, |_| Ok(()))]).await;
+                    }
+                    () = tokio::time::sleep(Duration::from_millis(50)) => {}
+                }
+            }
+        });
+        assert!(
+            came.await.is_ok(),
+            "message {n} waits for somebody who has not said that he ended"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

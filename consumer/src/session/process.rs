@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use postbox::{MessageId, Offset, Position, log};
-use postbox_core::restarts::Restarts;
+use postbox_core::restarts::{Restarts, say};
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -92,7 +92,7 @@ impl Process {
                 }
                 Ended::Panicked(why) => match restarts.next_wait() {
                     Some(wait) => {
-                        error!(why, ?wait, "the session panicked; opening another one");
+                        say(|| error!(why, ?wait, "the session panicked; opening another one"));
                         tokio::time::sleep(wait).await;
                     }
                     None => {
@@ -118,7 +118,7 @@ impl Process {
         link::close(&self.pool).await;
         match broken.get() {
             Some(why) => {
-                error!(why, "the consumer ends");
+                say(|| error!(why, "the consumer ends"));
                 Err(Error::Ended(why.clone()))
             }
             None => Ok(()),
@@ -207,7 +207,9 @@ async fn broadcast(
                 "the executor of {group} on topic {topic} panics again and again, the last time with: {why}"
             ));
         };
-        error!(%group, %topic, why, ?wait, "the executor panicked: its handlers were cancelled; starting another one");
+        say(
+            || error!(%group, %topic, why, ?wait, "the executor panicked: its handlers were cancelled; starting another one"),
+        );
         tokio::time::sleep(wait).await;
         (position, seen, commands) = (left.resume_at, left.seen, left.commands);
     }
