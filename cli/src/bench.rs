@@ -2,6 +2,7 @@
 
 mod backlog;
 mod baseline;
+mod chart;
 mod environment;
 mod failures;
 mod fanout;

@@ -17,8 +17,8 @@ pub(crate) struct Args {
     /// Create or upgrade the schema first, as `postbox migrate` does
     #[arg(long)]
     migrate: bool,
-    /// The pause between two steps under load, 1ms to 1s: a longer one costs less a message and adds its length to the latency
-    #[arg(long, value_name = "SPAN", default_value = "4ms", value_parser = tick)]
+    /// The least pause between two steps under load, 1ms to 1s: a longer one costs less a message and adds its length to the latency
+    #[arg(long, value_name = "SPAN", default_value = "1ms", value_parser = tick)]
     tick: Duration,
     /// How long messages are kept at least, 1m to 3650d, whoever has consumed them; stored in the database, which says 3d at first
     #[arg(long, value_name = "SPAN", value_parser = span::parse)]

@@ -15,8 +15,8 @@ pub(crate) const SLEEPING_POLL: Duration = Duration::from_secs(1);
 pub(crate) const WAITING_POLL: Duration = Duration::from_millis(20);
 /// Another dispatcher is at the bell, so this one only steps in if that one does not answer for so long.
 pub(crate) const STANDBY_WAIT: Duration = Duration::from_millis(100);
-/// So many rings within so long: from then on polling is cheaper than being rung.
-const BURST: (u32, Duration) = (16, Duration::from_millis(100));
+/// Of a burst: within so long come more rings than somebody wants to answer one by one.
+const BURST: Duration = Duration::from_millis(100);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a lock is tried for that somebody else has.
 const LOCKED_OUT_PAUSE: Duration = Duration::from_millis(500);
@@ -149,13 +149,13 @@ impl Burst {
         }
     }
 
-    /// Each counts, also those that come while a look is slow.
-    pub(crate) fn is_on_with(&mut self, rings: u32) -> bool {
+    /// Whether there are so many of them. Each counts, also those that come while a look is slow.
+    pub(crate) fn is_on_with(&mut self, rings: u32, many: u32) -> bool {
         self.rings += rings;
-        if self.rings < BURST.0 {
+        if self.rings < many {
             return false;
         }
-        let is_on = self.since.elapsed() < BURST.1;
+        let is_on = self.since.elapsed() < BURST;
         *self = Self::new();
         is_on
     }

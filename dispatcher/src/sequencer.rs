@@ -16,22 +16,16 @@ use tracing::{error, warn};
 
 use crate::bell::{BUSY_FOR, Bell, Burst, SLEEPING_POLL, STANDBY_WAIT, Taken, WAITING_POLL};
 use crate::flood::Floods;
+use crate::idle::IdleCores;
 use crate::notifications::{self, NotificationRouter};
+use crate::pace::Step;
 use crate::parts::{self, Parts};
 
-/// The pause between two steps, however many messages they find.
-const LONG_TICK: Duration = Duration::from_millis(20);
-/// However many topics they find, each of which costs a segment of its own; and while no consumer waits for what they find.
-const LONGEST_TICK: Duration = Duration::from_millis(50);
-/// Under load a step is followed by a pause of so many times its cost, so that steps take a twentieth of a core, and are larger where there is more
-/// to do. By cost, not by the clock: on a busy machine a step takes long because others run, and waiting longer would only add to that.
-const SHARE: u32 = 19;
-/// About what a step costs the server, each message of it, and each topic, for its segment.
-const STEP_COST: Duration = Duration::from_micros(300);
-const MESSAGE_COST: Duration = Duration::from_micros(2);
-const TOPIC_COST: Duration = Duration::from_micros(60);
-/// So few messages in [`BUSY_FOR`] are fewer than a burst: then being rung costs no more than polling, and they come sooner.
-const FEW: i64 = 8;
+/// So many rings within a tenth of a second, and so few messages in [`BUSY_FOR`]: in between, being rung costs about what polling does. A step for each
+/// ring of 600 a second takes a quarter of a core, as polling does, and the message comes sooner. While nobody waits for messages polling costs next to
+/// nothing.
+const MANY: (u32, i64) = (60, 30);
+const MANY_IN_VAIN: (u32, i64) = (16, 8);
 /// A statement that takes longer means that the connection is dead. A step over many millions of messages is slow.
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 const KEY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,18 +60,9 @@ pub(crate) struct Sequencer {
     key: Vec<u8>,
     floods: Floods,
     last: Last,
+    idle: IdleCores,
     /// When it was said that messages were set aside.
     rejects_told: Option<Instant>,
-}
-
-/// What a step found.
-#[derive(Default)]
-struct Step {
-    messages: i64,
-    /// How many have new messages.
-    topics: u32,
-    /// As far as it could see, a consumer is there to be told.
-    is_awaited: bool,
 }
 
 /// What the last step returned, which spares the next one looking it up.
@@ -145,6 +130,7 @@ impl Sequencer {
             tick,
             counters,
             last: Last::default(),
+            idle: IdleCores::default(),
             rejects_told: None,
         })
     }
@@ -169,10 +155,12 @@ impl Sequencer {
         loop {
             let begun = Instant::now();
             let step = self.step().await?;
+            let (_, few) = many(&step);
             found += step.messages;
-            self.pause(step.pause(begun.elapsed()).max(self.tick)).await?;
+            let pause = step.pause(begun.elapsed(), self.idle.look());
+            self.pause(pause.max(self.tick)).await?;
             if since.elapsed() >= BUSY_FOR {
-                if found <= FEW {
+                if found <= few {
                     break;
                 }
                 (since, found) = (Instant::now(), 0);
@@ -191,10 +179,10 @@ impl Sequencer {
     /// Holds the bell, so that every publisher rings, and steps when one does.
     async fn sleep(&mut self) -> Result<(), sqlx::Error> {
         // Everyone who did not ring has committed, so this look sees what they published.
-        self.step().await?;
+        let mut step = self.step().await?;
         let mut burst = Burst::new();
-        while !burst.is_on_with(self.rings(SLEEPING_POLL).await?) {
-            self.step().await?;
+        while !burst.is_on_with(self.rings(SLEEPING_POLL).await?, many(&step).0) {
+            step = self.step().await?;
             self.floods.watch(&mut self.bell.connection).await?;
         }
         self.bell.give().await
@@ -329,17 +317,10 @@ impl Sequencer {
     }
 }
 
-impl Step {
-    /// How long to wait after it.
-    fn pause(&self, took: Duration) -> Duration {
-        if !self.is_awaited {
-            return LONGEST_TICK;
-        }
-        let messages = u32::try_from(self.messages).unwrap_or(u32::MAX);
-        let cost = STEP_COST + MESSAGE_COST * messages;
-        let for_messages = cost.saturating_mul(SHARE).saturating_add(took / 2).min(LONG_TICK);
-        let for_topics = (TOPIC_COST * self.topics).saturating_mul(SHARE).min(LONGEST_TICK);
-        for_messages.max(for_topics)
+fn many(step: &Step) -> (u32, i64) {
+    match step.is_awaited {
+        true => MANY,
+        false => MANY_IN_VAIN,
     }
 }
 
@@ -349,33 +330,4 @@ fn announcement(text: String, rows: &[PgRow]) -> Announcement {
     // Consumers read what does not come.
     let messages = segment.and_then(|segment| log::messages_of(&segment, rows, ROWS).ok().flatten());
     Announcement { text, messages }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pause_after(messages: i64, topics: u32, is_awaited: bool) -> Duration {
-        let step = Step {
-            messages,
-            topics,
-            is_awaited,
-        };
-        step.pause(Duration::from_millis(1))
-    }
-
-    #[test]
-    fn the_pause_grows_with_messages_and_topics_up_to_a_limit() {
-        assert!(pause_after(1, 1, true) < Duration::from_millis(7));
-        assert!(pause_after(100, 1, true) > pause_after(1, 1, true));
-        assert_eq!(pause_after(1_000_000, 1, true), LONG_TICK);
-        assert_eq!(pause_after(i64::MAX, 1, true), LONG_TICK);
-        assert!(pause_after(1_000, 30, true) > LONG_TICK);
-        assert_eq!(pause_after(1_000, 10_000, true), LONGEST_TICK);
-    }
-
-    #[test]
-    fn the_pause_is_the_longest_while_nobody_waits() {
-        assert_eq!(pause_after(1, 1, false), LONGEST_TICK);
-    }
 }

@@ -24,6 +24,11 @@ const BELL: i32 = 5;
 /// Whoever makes the first schedule rings; this is for a ring that was lost.
 const WITHOUT_SCHEDULES: Duration = Duration::from_secs(10);
 
+/// The least pause between two looks while many are due.
+const TICK: Duration = Duration::from_millis(4);
+/// So many rings within a tenth of a second: from then on polling is cheaper than being rung.
+const MANY: u32 = 16;
+
 /// Unlike the sequencer's steps these commit durably: a message that was promoted again after a crash of the server would come to a broadcast
 /// from memory a second time.
 const SETTINGS: &str = "SET synchronous_commit = on";
@@ -77,7 +82,7 @@ impl Timers {
             bell: Bell::connect(pool, BELL, "postbox timers", &[], SETTINGS).await?,
             rings,
             heard,
-            tick,
+            tick: tick.max(TICK),
             counters,
             promotion: Promotion::default(),
             crons: Crons::default(),
@@ -131,7 +136,7 @@ impl Timers {
         loop {
             // Everyone who did not ring has committed, so the first of these looks sees what they scheduled.
             let look = self.look().await?;
-            if !look.is_full && burst.is_on_with(self.rings(self.pause(&look)).await) {
+            if !look.is_full && burst.is_on_with(self.rings(self.pause(&look)).await, MANY) {
                 return self.bell.give().await;
             }
         }

@@ -1,11 +1,13 @@
 //! From the return of the commit to the start of the handler, at a steady rate.
 
-use std::time::Duration;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use postbox_consumer::Consumer;
 
 use super::baseline;
+use super::chart::{self, Point};
 use super::environment::Environment;
 use super::process::Process;
 use super::report::Report;
@@ -18,13 +20,34 @@ pub(crate) struct Args {
     /// Messages a second; may be given again
     #[arg(long = "rate", value_name = "N", default_values_t = Self::default().rates, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     rates: Vec<u32>,
+    /// At many rates, from 1 to 20,000
+    #[arg(long, conflicts_with = "rates")]
+    sweep: bool,
+    /// Draw what was found into this file
+    #[arg(long, value_name = "FILE.svg", value_parser = svg)]
+    svg: Option<PathBuf>,
 }
 
 impl Default for Args {
     fn default() -> Self {
         Self {
             rates: vec![100, 5_000],
+            sweep: false,
+            svg: None,
         }
+    }
+}
+
+/// Of a sweep: where each way of waiting is, and where one goes over into the next.
+const SWEEP: [u32; 13] = [
+    1, 10, 50, 100, 200, 500, 700, 1_000, 2_000, 3_500, 5_000, 10_000, 20_000,
+];
+
+fn svg(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    match path.extension().is_some_and(|extension| extension == "svg") {
+        true => Ok(path),
+        false => Err("the file's name ends in .svg".to_owned()),
     }
 }
 
@@ -36,10 +59,12 @@ const WARM_UP: Duration = Duration::from_secs(1);
 
 pub(crate) async fn measure(environment: &mut Environment, args: &Args) -> anyhow::Result<Vec<Report>> {
     let span = environment.settings.span(10);
-    environment.progress.begin("latency", 2 * args.rates.len() + 1);
+    let rates = if args.sweep { &SWEEP[..] } else { &args.rates };
+    environment.progress.begin("latency", 2 * rates.len() + 1);
     let baseline = baseline::notify_round_trip(environment, 300).await?;
     environment.progress.step("the baseline");
     let mut reports = Vec::new();
+    let mut places = Vec::new();
     for place in ["embedded", "sidecar"] {
         let sidecar = if place == "sidecar" {
             environment.dispatch_elsewhere().await?;
@@ -47,9 +72,22 @@ pub(crate) async fn measure(environment: &mut Environment, args: &Args) -> anyho
         } else {
             None
         };
-        for rate in &args.rates {
+        let mut points = Vec::new();
+        for rate in rates {
+            let used = used_by(sidecar.as_ref(), environment).await?;
+            let begun = Instant::now();
             let flow = flow(environment, *rate, span).await?;
+            let seconds = begun.elapsed().as_secs_f64();
+            let core_percent = used
+                .zip(used_by(sidecar.as_ref(), environment).await?)
+                .map(|(before, after)| (after - before) / seconds * 100.0);
             environment.progress.step(place);
+            points.push(Point {
+                rate: *rate,
+                p50_ms: flow.quantile_ms(0.5),
+                p99_ms: flow.quantile_ms(0.99),
+                core_percent,
+            });
             reports.push(
                 Report::verified("latency")
                     .with("rate", *rate)
@@ -58,15 +96,28 @@ pub(crate) async fn measure(environment: &mut Environment, args: &Args) -> anyho
                     .figure("p50_ms", flow.quantile_ms(0.5))
                     .figure("p99_ms", flow.quantile_ms(0.99))
                     .figure("max_ms", flow.quantile_ms(1.0))
+                    .figure_if("dispatcher_core_percent", core_percent)
                     .figure("notify_round_trip_p50_ms", baseline),
             );
         }
+        places.push((place, points));
         if let Some(sidecar) = sidecar {
             sidecar.stop().await?;
         }
     }
     environment.dispatch_here().await?;
+    if let Some(path) = &args.svg {
+        chart::write(path, &places)?;
+    }
     Ok(reports)
+}
+
+/// Seconds of a core that the dispatcher has used so far, if it is a process of its own.
+async fn used_by(sidecar: Option<&Process>, environment: &Environment) -> anyhow::Result<Option<f64>> {
+    match sidecar {
+        Some(sidecar) => sidecar.cpu_seconds_with_server(environment).await,
+        None => Ok(None),
+    }
 }
 
 /// What became of a steady flow of messages.

@@ -11,6 +11,9 @@ use tokio::process::{Child, ChildStdout, Command};
 use super::environment::Environment;
 use super::sink::LANES;
 
+const BACKENDS: &str = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() \
+     AND application_name IN ('postbox dispatcher', 'postbox timers')";
+
 /// Killed when dropped.
 pub(crate) struct Process {
     child: Child,
@@ -76,12 +79,20 @@ impl Process {
 
     /// Since it started; only where there is a /proc.
     pub(crate) fn cpu_seconds(&self) -> Option<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()?)).ok()?;
-        // After the name, which may hold anything: state is the third field, and utime the fourteenth.
-        let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);
-        let user: f64 = fields.next()?.parse().ok()?;
-        let system: f64 = fields.next()?.parse().ok()?;
-        Some((user + system) / rustix::param::clock_ticks_per_second() as f64)
+        cpu_seconds_of(self.child.id()?)
+    }
+
+    /// The same of a dispatcher with its processes at the server; only where both are on this machine.
+    pub(crate) async fn cpu_seconds_with_server(
+        &self,
+        environment: &Environment,
+    ) -> anyhow::Result<Option<f64>> {
+        let backends: Vec<i32> = sqlx::query_scalar(BACKENDS).fetch_all(&environment.pool).await?;
+        let at_server: Option<f64> = backends.iter().map(|pid| cpu_seconds_of(*pid as u32)).sum();
+        Ok(self
+            .cpu_seconds()
+            .zip(at_server)
+            .map(|(here, there)| here + there))
     }
 
     pub(crate) fn rss_mb(&self) -> Option<f64> {
@@ -111,6 +122,15 @@ impl Process {
         ensure!(status.success(), "a process of the bench ended with {status}");
         Ok(())
     }
+}
+
+fn cpu_seconds_of(pid: u32) -> Option<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // After the name, which may hold anything: state is the third field, and utime the fourteenth.
+    let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / rustix::param::clock_ticks_per_second() as f64)
 }
 
 fn command(environment: &Environment) -> anyhow::Result<Command> {
