@@ -1124,6 +1124,40 @@ async fn bench_with_a_consumer_in_another_process_counts_every_delivery() {
 }
 
 #[tokio::test]
+async fn bench_latency_draws_what_it_found() {
+    let db = TestDatabase::new().await.unwrap();
+    let picture = std::env::temp_dir().join(format!("postbox-latency-{}.svg", std::process::id()));
+    let path = picture.to_str().unwrap();
+    let arguments = [
+        "bench",
+        "latency",
+        "--json",
+        "--seconds",
+        "1",
+        "--rate",
+        "20",
+        "--rate",
+        "50",
+        "--svg",
+        path,
+    ];
+    let lines = json_lines(&succeed(run(&db, &arguments)));
+    let found: Vec<_> = lines
+        .iter()
+        .map(|line| (line["dispatcher"].as_str(), line["rate"].as_u64()))
+        .collect();
+    let of = |place| [(Some(place), Some(20)), (Some(place), Some(50))];
+    assert_eq!(found, [of("embedded"), of("sidecar")].concat());
+    let drawn = std::fs::read_to_string(&picture).unwrap();
+    std::fs::remove_file(&picture).unwrap();
+    for expected in ["<svg", "embedded, p50", "sidecar, p99", "messages a second"] {
+        assert!(drawn.contains(expected), "{expected}");
+    }
+    refuse_usage(run(&db, &["bench", "latency", "--svg", "latency.png"]));
+    refuse_usage(run(&db, &["bench", "latency", "--sweep", "--rate", "5"]));
+}
+
+#[tokio::test]
 async fn only_one_bench_runs_at_a_time() {
     let db = TestDatabase::new().await.unwrap();
     let mut other = db.connect().await.unwrap();
