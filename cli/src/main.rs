@@ -1,6 +1,7 @@
 //! The `postbox` command: creates the schema, dispatches, looks, publishes, schedules, consumes and measures.
 
 mod bench;
+mod completions;
 mod consume;
 mod cron;
 mod database;
@@ -66,6 +67,7 @@ enum Command {
     Bench(Box<bench::Args>),
     Scheduled(scheduled::Args),
     Cron(cron::Args),
+    Completions(completions::Args),
 }
 
 #[tokio::main]
@@ -102,6 +104,7 @@ async fn main() -> ExitCode {
         Command::Bench(args) => done(bench::run(&database, *args).await),
         Command::Scheduled(args) => done(scheduled::run(&database, args).await),
         Command::Cron(args) => cron::run(&database, args).await,
+        Command::Completions(args) => done(completions::run::<Cli>(&args)),
     };
     match result {
         Ok(code) => code,

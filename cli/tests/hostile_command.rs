@@ -501,6 +501,41 @@ async fn who_consumes_where_nobody_dispatches_is_told_so() {
     assert!(told.join().unwrap().is_some());
 }
 
+/// Without a database, and understood by the shell that it is for.
+#[test]
+fn completions_are_a_script_of_the_shell() {
+    let script = |shell| {
+        let output = Command::new(env!("CARGO_BIN_EXE_postbox"))
+            .args(["completions", shell])
+            .env_remove("DATABASE_URL")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = script(shell);
+        for expected in ["dead-letters", "database-url", "redrive"] {
+            assert!(script.contains(expected), "{shell}: {expected}");
+        }
+    }
+    // Where there is no bash, nobody completes by it.
+    let words = "source /dev/stdin; COMP_WORDS=(postbox dead-); COMP_CWORD=1; _postbox postbox dead- postbox; echo \"${COMPREPLY[@]}\"";
+    let Ok(mut bash) = Command::new("bash")
+        .args(["--norc", "-c", words])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+    else {
+        return;
+    };
+    let mut stdin = bash.stdin.take().unwrap();
+    std::io::Write::write_all(&mut stdin, script("bash").as_bytes()).unwrap();
+    drop(stdin);
+    let completed = String::from_utf8(bash.wait_with_output().unwrap().stdout).unwrap();
+    assert_eq!(completed.trim(), "dead-letters");
+}
+
 /// Who read its log is gone, as when a collector is restarted: it dispatches all the same, and ends well when it is told to.
 #[tokio::test(flavor = "multi_thread")]
 async fn run_goes_on_where_nobody_reads_its_log_any_more() {

@@ -67,22 +67,27 @@ pub async fn set_up(connection: &mut PgConnection, also: &'static str) -> Result
 /// before anything is set: it would stay with a connection that others get.
 ///
 /// While one connection is in a transaction, nobody else can have its backend. So two that were seen in the same one share it, and one that
-/// changes its own has none.
+/// changes its own has none. A pooler that cleans backends before it gives them on may not have done that yet, and gives another; but then what was
+/// prepared is forgotten.
 ///
 /// # Errors
 /// [`sqlx::Error::Configuration`] that names the mend; what the database reports.
 pub async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), sqlx::Error> {
     let look = async {
         let (mut one, mut other) = (options.connect().await?, options.connect().await?);
-        let mut shared = false;
+        let mut shared = is_refused(&mut one, PREPARE, ALREADY_THERE).await?;
+        let first = backend(&mut one).await?;
         for _ in 0..3 {
             let before = backend(&mut one).await?;
             sqlx::raw_sql("BEGIN READ ONLY").execute(&mut other).await?;
             let meanwhile = backend(&mut other).await?;
             let after = backend(&mut one).await?;
             sqlx::raw_sql("ROLLBACK").execute(&mut other).await?;
-            shared |= before == meanwhile || before != after;
+            shared |= before == meanwhile || before != after || before != first;
         }
+        shared |= is_refused(&mut one, EXECUTE, FORGOTTEN).await?;
+        // A backend that others get next is to have it no more; this may be another one.
+        let _ = sqlx::raw_sql(FORGET).execute(&mut one).await;
         let _ = one.close().await;
         let _ = other.close().await;
         Ok::<_, sqlx::Error>(shared)
@@ -99,6 +104,26 @@ pub async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), sqlx::Error
             )
             .into(),
         )),
+    }
+}
+
+const PREPARE: &str = "PREPARE postbox_session AS SELECT 1";
+const EXECUTE: &str = "EXECUTE postbox_session";
+const FORGET: &str = "DEALLOCATE postbox_session";
+/// A prepared statement of this name exists, or does not.
+const ALREADY_THERE: &str = "42P05";
+const FORGOTTEN: &str = "26000";
+
+/// Whether the server refuses this with this code.
+async fn is_refused(
+    connection: &mut PgConnection,
+    sql: &'static str,
+    code: &str,
+) -> Result<bool, sqlx::Error> {
+    match sqlx::raw_sql(sql).execute(connection).await {
+        Ok(_) => Ok(false),
+        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some(code) => Ok(true),
+        Err(error) => Err(error),
     }
 }
 

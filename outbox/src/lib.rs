@@ -37,6 +37,7 @@ mod publish;
 mod reserved;
 mod rules;
 mod schema;
+mod statement;
 mod transaction;
 
 pub use error::{Error, Result};
@@ -54,6 +55,7 @@ pub use postbox_macros::Message;
 pub use publish::{InTransaction, Publish};
 pub use rules::{MAX_HEADER_NAME, MAX_HEADERS, MAX_KEY, MAX_NAME, is_name};
 pub use schema::{Migrated, SCHEMA_VERSION, check_schema, migrate, schema_fingerprint};
+pub use statement::{Parameter, Statement};
 
 /// What the derive macro expands to; not for use by hand.
 #[doc(hidden)]

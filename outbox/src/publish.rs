@@ -362,7 +362,7 @@ fn up_to_the_last<T>(column: &[Option<T>]) -> &[Option<T>] {
 
 impl Valid {
     /// Whether it needs more than an append.
-    fn is_special(&self) -> bool {
+    pub(crate) fn is_special(&self) -> bool {
         self.dedup.is_some() || self.due.is_some() || self.expiry.is_some()
     }
 }
@@ -378,7 +378,7 @@ pub(crate) fn interval(span: Duration) -> PgInterval {
 
 /// In whole microseconds and not earlier than asked for. What was before 1970 is past all the same, and PostgreSQL's calendar begins later
 /// than chrono's.
-fn storable(instant: DateTime<Utc>) -> DateTime<Utc> {
+pub(crate) fn storable(instant: DateTime<Utc>) -> DateTime<Utc> {
     let rest = instant.timestamp_subsec_nanos() % 1_000;
     let up = TimeDelta::nanoseconds(if rest == 0 { 0 } else { i64::from(1_000 - rest) });
     instant

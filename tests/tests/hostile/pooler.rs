@@ -23,7 +23,8 @@ struct Bouncer {
 }
 
 impl Bouncer {
-    async fn start(to: &PgConnectOptions, password: &str) -> Option<Self> {
+    /// `reset`: what it does with a backend before somebody else gets it.
+    async fn start(to: &PgConnectOptions, password: &str, reset: &str) -> Option<Self> {
         let Ok(program) = [
             "/usr/sbin/pgbouncer",
             "/usr/bin/pgbouncer",
@@ -53,7 +54,7 @@ impl Bouncer {
         fs::write(
             &ini,
             format!(
-                "[databases]\n* = host={} port={} password={password}\n[pgbouncer]\nserver_reset_query = DEALLOCATE ALL\nserver_reset_query_always = 1\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
+                "[databases]\n* = host={} port={} password={password}\n[pgbouncer]\n{reset}\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
                  unix_socket_dir =\nauth_type = trust\nauth_file = {}\npool_mode = transaction\ndefault_pool_size = 5\n\
                  ignore_startup_parameters = extra_float_digits\n",
                 to.get_host(),
@@ -107,6 +108,8 @@ fn password(db: &TestDatabase) -> String {
         .to_owned()
 }
 
+const FORGET_STATEMENTS: &str = "server_reset_query = DEALLOCATE ALL\nserver_reset_query_always = 1";
+
 #[handler(group = "tx", concurrency = 8)]
 async fn in_a_transaction(
     step: Step,
@@ -128,7 +131,7 @@ async fn in_a_transaction(
 async fn applications_and_handlers_go_through_a_transaction_pooler() {
     let db = TestDatabase::new().await.unwrap();
     let direct = (*db.pool().connect_options()).clone();
-    let Some(bouncer) = Bouncer::start(&direct, &password(&db)).await else {
+    let Some(bouncer) = Bouncer::start(&direct, &password(&db), FORGET_STATEMENTS).await else {
         return;
     };
     sqlx::raw_sql("CREATE TABLE effect (key text, n bigint)")
@@ -191,27 +194,37 @@ async fn applications_and_handlers_go_through_a_transaction_pooler() {
 async fn a_dispatcher_and_a_consumer_refuse_a_transaction_pooler_and_say_how_to_go_around_it() {
     let db = TestDatabase::new().await.unwrap();
     let direct = (*db.pool().connect_options()).clone();
-    let Some(bouncer) = Bouncer::start(&direct, &password(&db)).await else {
-        return;
-    };
-    let pool: PgPool = PgPoolOptions::new().connect_lazy_with(bouncer.options(&direct));
-    let refused = Dispatcher::new(pool.clone()).start().await.expect_err("refused");
-    let also = Consumer::new(pool.clone())
-        .state(History::default())
-        .handlers(handlers![in_a_transaction])
-        .start()
-        .await
-        .expect_err("refused");
-    for error in [refused.to_string(), also.to_string()] {
-        for word in ["transaction pooler", "Consumer::direct", "DIRECT_DATABASE_URL"] {
-            assert!(error.contains(word), "{error}");
+    for reset in [
+        FORGET_STATEMENTS,
+        "server_reset_query = DISCARD ALL\nserver_reset_query_always = 1",
+        "server_reset_query =",
+        "server_reset_query =\nserver_round_robin = 1",
+    ] {
+        let Some(bouncer) = Bouncer::start(&direct, &password(&db), reset).await else {
+            return;
+        };
+        let pool: PgPool = PgPoolOptions::new().connect_lazy_with(bouncer.options(&direct));
+        // More than once: which backend one gets is a race where they are cleaned first.
+        for _ in 0..5 {
+            let refused = Dispatcher::new(pool.clone()).start().await.expect_err("refused");
+            let also = Consumer::new(pool.clone())
+                .state(History::default())
+                .handlers(handlers![in_a_transaction])
+                .start()
+                .await
+                .expect_err("refused");
+            for error in [refused.to_string(), also.to_string()] {
+                for word in ["transaction pooler", "Consumer::direct", "DIRECT_DATABASE_URL"] {
+                    assert!(error.contains(word), "{reset}: {error}");
+                }
+            }
         }
+        // Nothing was set that others get now.
+        let mut tx = pool.begin().await.unwrap();
+        let path: String = sqlx::query_scalar("SELECT current_setting('search_path')")
+            .fetch_one(&mut *tx)
+            .await
+            .unwrap();
+        assert_eq!(path, "\"$user\", public");
     }
-    // Nothing was set that others get now.
-    let mut tx = pool.begin().await.unwrap();
-    let path: String = sqlx::query_scalar("SELECT current_setting('search_path')")
-        .fetch_one(&mut *tx)
-        .await
-        .unwrap();
-    assert_eq!(path, "\"$user\", public");
 }
