@@ -40,12 +40,16 @@
 
 mod expression;
 mod register;
+#[cfg(feature = "sqlx")]
+mod registered;
 mod schedule;
 mod wall;
 
 pub use crate::error::CronError;
 pub use crate::reserved::{CRON, SCHEDULED_AT};
-pub use register::{Cron, Registered, find, list, pause, remove, resume};
+pub use register::Cron;
+#[cfg(feature = "sqlx")]
+pub use registered::{Registered, find, list, pause, remove, resume};
 pub use schedule::{Fired, MAX_MISSED, Missed, Schedule};
 
 #[cfg(test)]

@@ -2,9 +2,11 @@
 
 #[cfg(feature = "cron")]
 mod cron;
+mod database;
 
 #[cfg(feature = "cron")]
 pub use self::cron::CronError;
+pub use self::database::DatabaseError;
 use crate::message::{DecodeError, EncodeError};
 
 /// An error of Postbox. Each says what failed and what to do about it.
@@ -188,7 +190,7 @@ pub enum Error {
     Ended(String),
     /// PostgreSQL or the connection reported an error; the transaction is no longer usable.
     #[error("database: {0}")]
-    Database(#[from] sqlx::Error),
+    Database(#[source] DatabaseError),
 }
 
 /// A result with [`Error`].

@@ -1,14 +1,9 @@
-//! Names of single things: a message, a place in a topic, a transaction.
+//! Names of single things: a message, a place in a topic.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use sqlx::encode::IsNull;
-use sqlx::error::BoxDynError;
-use sqlx::postgres::types::Oid;
-use sqlx::postgres::{PgArgumentBuffer, PgHasArrayType, PgTypeInfo, PgValueFormat, PgValueRef};
-use sqlx::{Decode, Encode, Postgres, Type};
 use uuid::Uuid;
 
 /// The id of a message: a UUID version 7, given when it is published and kept for its life.
@@ -77,40 +72,5 @@ impl Offset {
 impl fmt::Display for Offset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
-    }
-}
-
-/// A transaction id with its epoch (PostgreSQL's `xid8`), which the driver has no type for.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Xid(pub u64);
-
-const XID8: Oid = Oid(5069);
-const XID8_ARRAY: Oid = Oid(271);
-
-impl Type<Postgres> for Xid {
-    fn type_info() -> PgTypeInfo {
-        PgTypeInfo::with_oid(XID8)
-    }
-}
-
-impl PgHasArrayType for Xid {
-    fn array_type_info() -> PgTypeInfo {
-        PgTypeInfo::with_oid(XID8_ARRAY)
-    }
-}
-
-impl Encode<'_, Postgres> for Xid {
-    fn encode_by_ref(&self, buffer: &mut PgArgumentBuffer) -> Result<IsNull, BoxDynError> {
-        buffer.extend_from_slice(&self.0.to_be_bytes());
-        Ok(IsNull::No)
-    }
-}
-
-impl Decode<'_, Postgres> for Xid {
-    fn decode(value: PgValueRef<'_>) -> Result<Self, BoxDynError> {
-        match value.format() {
-            PgValueFormat::Binary => Ok(Self(u64::from_be_bytes(value.as_bytes()?.try_into()?))),
-            PgValueFormat::Text => Ok(Self(value.as_str()?.parse()?)),
-        }
     }
 }

@@ -22,13 +22,17 @@
 //! # Ok(()) }
 //! ```
 
+mod adapters;
 #[cfg(feature = "cron")]
 pub mod cron;
 mod error;
 mod headers;
 mod id;
+#[cfg(feature = "sqlx")]
 mod instant;
+#[cfg(feature = "sqlx")]
 mod json;
+#[cfg(feature = "sqlx")]
 pub mod log;
 mod message;
 mod outgoing;
@@ -36,15 +40,23 @@ mod position;
 mod publish;
 mod reserved;
 mod rules;
+#[cfg(feature = "sqlx")]
 mod schema;
 mod statement;
+#[cfg(feature = "sqlx")]
 mod transaction;
 
-pub use error::{Error, Result};
+#[cfg(feature = "diesel")]
+pub use adapters::diesel;
+#[cfg(feature = "sqlx")]
+pub use adapters::sqlx::InTransaction;
+pub use error::{DatabaseError, Error, Result};
 pub use headers::Headers;
 pub use id::{MessageId, Offset};
+#[cfg(feature = "sqlx")]
 #[doc(hidden)]
 pub use instant::{MaybeTimestamptz, Timestamptz};
+#[cfg(feature = "sqlx")]
 #[doc(hidden)]
 pub use json::{Json as StoredJson, MaybeJson};
 pub use message::{DecodeError, EncodeError, JSON, Message};
@@ -52,10 +64,11 @@ pub use outgoing::{DEFAULT_DEDUP_WINDOW, DEFAULT_PAYLOAD_LIMIT, Outgoing, messag
 pub use position::Position;
 #[cfg(feature = "derive")]
 pub use postbox_macros::Message;
-pub use publish::{InTransaction, Publish};
+pub use publish::{Parameter, Publish, blocking};
 pub use rules::{MAX_HEADER_NAME, MAX_HEADERS, MAX_KEY, MAX_NAME, is_name};
+#[cfg(feature = "sqlx")]
 pub use schema::{Migrated, SCHEMA_VERSION, check_schema, migrate, schema_fingerprint};
-pub use statement::{Parameter, Statement};
+pub use statement::Statement;
 
 /// What the derive macro expands to; not for use by hand.
 #[doc(hidden)]

@@ -14,13 +14,15 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::headers::Headers;
-pub use crate::id::Xid;
 use crate::id::{MessageId, Offset};
 use crate::instant::{MaybeTimestamptz, Timestamptz};
 use crate::json::Json;
 use crate::rules;
 
 mod isolation;
+mod xid;
+
+pub use self::xid::Xid;
 
 /// Most messages in one segment.
 pub const SEGMENT: i64 = 1024;
@@ -267,7 +269,7 @@ pub async fn messages(
             .fetch(connection, topic, &mut types, &mut found[start..])
             .await;
         match read {
-            Err(Error::Database(error)) if isolation::is_of_a_row(&error) => {
+            Err(Error::Database(error)) if isolation::is_of_a_row(error.code()) => {
                 isolation::one_by_one(connection, topic, &request, &mut types, &mut found[start..]).await?;
             }
             read => read?,

@@ -319,7 +319,7 @@ impl Outgoing {
 
 /// An [`Outgoing`] that keeps every limit.
 #[derive(Debug)]
-pub(crate) struct Valid {
+pub struct Valid {
     pub(crate) id: MessageId,
     pub(crate) topic: Cow<'static, str>,
     pub(crate) message_type: Option<Cow<'static, str>>,

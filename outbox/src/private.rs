@@ -1,7 +1,10 @@
 //! What `derive(Message)` expands to, and what the other crates of Postbox share. Hidden and without a promise: only those of the same version use it.
 
-pub use crate::publish::OpenTransaction;
-pub use crate::reserved::dead_letters;
+#[cfg(feature = "sqlx")]
+pub use crate::adapters::sqlx::SqlxTransaction;
+pub use crate::publish::{Answer, OpenTransaction, Parameter, Query};
+pub use crate::reserved::{CRON, REDRIVEN, REPLAYED, SCHEDULED_AT, dead_letters};
+#[cfg(feature = "sqlx")]
 pub use crate::transaction::{Transaction, begin_on};
 use std::borrow::Cow;
 use std::fmt::Display;

@@ -5,9 +5,9 @@ pub const SCHEDULED_AT: &str = "postbox-scheduled-at";
 /// Of a cron schedule's message: the name of its schedule.
 pub const CRON: &str = "postbox-cron";
 /// Of a message that an operator has had put back.
-pub(crate) const REDRIVEN: &str = "postbox-redriven";
+pub const REDRIVEN: &str = "postbox-redriven";
 /// Of a message that is replayed.
-pub(crate) const REPLAYED: &str = "postbox-replayed";
+pub const REPLAYED: &str = "postbox-replayed";
 
 /// A group's dead letters as messages of their own, as the function `postbox.publish_dead_letters` writes them.
 pub mod dead_letters {

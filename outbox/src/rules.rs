@@ -4,7 +4,9 @@
 //! sequencer, the rest by who reads the message ([`broken_by`]).
 
 use crate::error::{Error, Result};
+#[cfg(feature = "sqlx")]
 use crate::headers::Headers;
+#[cfg(feature = "sqlx")]
 use crate::reserved::{self, dead_letters};
 
 /// Longest topic and message type, in characters.
@@ -19,6 +21,7 @@ pub const MAX_HEADER_NAME: usize = 128;
 /// Names that begin so are for Postbox alone.
 const RESERVED: &str = "postbox-";
 /// What Postbox itself adds.
+#[cfg(feature = "sqlx")]
 const ITS_OWN: [&str; 12] = [
     reserved::CRON,
     dead_letters::ATTEMPTS,
@@ -89,6 +92,7 @@ fn is_header_name(name: &str) -> bool {
 }
 
 /// What of a stored message breaks a rule, but for its type, which many messages share.
+#[cfg(feature = "sqlx")]
 pub(crate) fn broken_by(
     key: Option<&str>,
     headers: Option<(&Headers, &str)>,

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use postbox::__private::{OpenTransaction, Transaction};
+use postbox::__private::{SqlxTransaction, Transaction};
 use sqlx::{PgConnection, PgPool};
 
 use super::{Extract, Invocation, Needs};
@@ -149,7 +149,7 @@ impl fmt::Debug for Tx {
     }
 }
 
-impl OpenTransaction for Tx {
+impl SqlxTransaction for Tx {
     fn connection(&mut self) -> &mut PgConnection {
         self
     }

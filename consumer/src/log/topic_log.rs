@@ -379,7 +379,7 @@ fn panicked(panic: &(dyn std::any::Any + Send)) -> postbox::Error {
 }
 
 fn failed(why: String) -> postbox::Error {
-    postbox::Error::Database(sqlx::Error::Io(std::io::Error::other(why)))
+    sqlx::Error::Io(std::io::Error::other(why)).into()
 }
 
 /// Where a block that begins at `from` ends.

@@ -69,16 +69,11 @@ fn allowed(
     looked: Result<Vec<Finding>, impl Into<postbox::Error>>,
 ) -> Result<Vec<Finding>, postbox::Error> {
     match looked.map_err(Into::into) {
-        Err(postbox::Error::Database(sqlx::Error::Database(error)))
-            if error.code().as_deref() == Some(INSUFFICIENT_PRIVILEGE) =>
-        {
+        Err(postbox::Error::Database(error)) if error.code() == Some(INSUFFICIENT_PRIVILEGE) => {
             Ok(vec![Finding::new(
                 Severity::Error,
                 "privilege",
-                format!(
-                    "role {role} may not look at {what}, so that was left out: {}",
-                    error.message()
-                ),
+                format!("role {role} may not look at {what}, so that was left out: {error}"),
                 format!("the owner of the schema runs `postbox grant {role} --as viewer`"),
             )])
         }

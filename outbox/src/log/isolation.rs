@@ -7,7 +7,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::{Request, StoredMessage, Types, Wanted};
-use crate::error::{Error, Result};
+use crate::error::{DatabaseError, Error, Result};
 use crate::id::MessageId;
 
 /// Columns that are stored in the row itself, and the size of the payload, which need not be read for that.
@@ -19,20 +19,16 @@ const GIANT: i32 = 16 * 1024 * 1024;
 
 /// Whether a row may be why a statement failed: class 22, data exception; 54, program limit exceeded; XX, damaged; or it was too much (53200, out of
 /// memory; 57014, timed out).
-pub(super) fn is_of_a_row(error: &sqlx::Error) -> bool {
-    is_by_content(error) || is_by_size(error)
+pub(super) fn is_of_a_row(code: Option<&str>) -> bool {
+    is_by_content(code) || is_by_size(code)
 }
 
-fn is_by_content(error: &sqlx::Error) -> bool {
-    code(error).is_some_and(|code| ["22", "54", "XX"].iter().any(|class| code.starts_with(class)))
+fn is_by_content(code: Option<&str>) -> bool {
+    code.is_some_and(|code| ["22", "54", "XX"].iter().any(|class| code.starts_with(class)))
 }
 
-fn is_by_size(error: &sqlx::Error) -> bool {
-    code(error).is_some_and(|code| code == "53200" || code == "57014")
-}
-
-fn code(error: &sqlx::Error) -> Option<String> {
-    error.as_database_error()?.code().map(|code| code.into_owned())
+fn is_by_size(code: Option<&str>) -> bool {
+    code.is_some_and(|code| code == "53200" || code == "57014")
 }
 
 /// Reads halves of what is wanted until those are alone that cannot be read; these are entered with the reason.
@@ -46,7 +42,7 @@ pub(super) async fn one_by_one(
     let mut parts = halves(&request.entries);
     while let Some(part) = parts.pop() {
         let error = match request.fetch_some(connection, topic, part, types, found).await {
-            Err(Error::Database(error)) if is_of_a_row(&error) => error,
+            Err(Error::Database(error)) if is_of_a_row(error.code()) => error,
             read => {
                 read?;
                 continue;
@@ -67,11 +63,13 @@ pub(super) async fn one_by_one(
             let (id, size) = match row {
                 Ok(Some(row)) => (row.try_get::<Uuid, _>(0)?, row.try_get::<i32, _>(1)?),
                 Ok(None) => continue,
-                Err(error) if is_by_content(&error) => (Uuid::nil(), 0),
-                Err(error) => return Err(error.into()),
+                Err(other) => match DatabaseError::from(other) {
+                    other if is_by_content(other.code()) => (Uuid::nil(), 0),
+                    other => return Err(Error::Database(other)),
+                },
             };
-            if is_by_size(&error) && size < GIANT {
-                return Err(error.into());
+            if is_by_size(error.code()) && size < GIANT {
+                return Err(Error::Database(error));
             }
             found[(offset.get() - request.from) as usize] = Some(StoredMessage::unread(
                 MessageId::from(id),

@@ -1,0 +1,182 @@
+//! diesel, which has no type for an open transaction: so that one is open is asked when something is published.
+//!
+//! ```no_run
+//! # use diesel::prelude::*;
+//! # use diesel::pg::Pg;
+//! # fn example<C: diesel::connection::LoadConnection<Backend = Pg>>(connection: &mut C) -> Result<(), postbox::Error> {
+//! use postbox::{Outgoing, diesel::Publish};
+//!
+//! connection.transaction::<_, postbox::Error, _>(|connection| {
+//!     diesel::sql_query("UPDATE carts SET abandoned = true WHERE id = 42").execute(connection)?;
+//!     connection.publish(Outgoing::json("carts", &serde_json::json!({"cart": 42})).key("42"))?;
+//!     Ok(())
+//! })
+//! # }
+//! ```
+//!
+//! What goes for any connection is here; diesel-async's is a [`postbox::Publish`](crate::Publish) by itself.
+
+use diesel::connection::{Connection, LoadConnection, TransactionManager, TransactionManagerStatus};
+use diesel::deserialize::{self, QueryableByName};
+use diesel::pg::Pg;
+use diesel::query_builder::{BoxedSqlQuery, SqlQuery};
+use diesel::row::NamedRow;
+use diesel::sql_types::{Array, Binary, Nullable, Text};
+use diesel::{RunQueryDsl, sql_query};
+
+use chrono::{DateTime, Utc};
+
+use crate::blocking;
+#[cfg(feature = "cron")]
+use crate::cron::Cron;
+use crate::error::{DatabaseError, Error, Result};
+use crate::id::MessageId;
+use crate::outgoing::Outgoing;
+use crate::publish::blocking::OpenTransaction;
+use crate::publish::{Answer, Parameter, Query};
+
+/// A connection on which a transaction is open, as diesel knows: by `transaction`, a transaction builder or `begin_test_transaction`. (A `BEGIN` that was
+/// sent as SQL is none, since diesel does not know of it.)
+///
+/// It is what [`blocking::Publish`] is implemented for; [`Publish`] makes one for each call.
+#[derive(Debug)]
+pub struct InTransaction<'a, C>(&'a mut C);
+
+impl<'a, C: Connection<Backend = Pg>> InTransaction<'a, C> {
+    /// Costs no round trip.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoTransaction`]; a connection whose transaction is broken.
+    pub fn of(connection: &'a mut C) -> Result<Self> {
+        is_open(C::TransactionManager::transaction_manager_status_mut(connection))?;
+        Ok(Self(connection))
+    }
+}
+
+impl<C: LoadConnection<Backend = Pg>> OpenTransaction for InTransaction<'_, C> {
+    fn run(&mut self, query: Query) -> Result<Answer> {
+        let rows: Vec<Row> = bound(query).load(self.0)?;
+        Ok(answer(rows))
+    }
+}
+
+/// [`blocking::Publish`] for connections of diesel: all of it is refused where no transaction is open.
+pub trait Publish: LoadConnection<Backend = Pg> + Sized {
+    /// As [`Publish::publish`](crate::Publish::publish).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoTransaction`], a message that is refused, which leaves the transaction usable; else [`Error::Database`].
+    fn publish(&mut self, message: impl Into<Outgoing>) -> Result<MessageId> {
+        blocking::Publish::publish(&mut InTransaction::of(self)?, message)
+    }
+
+    /// As [`Publish::publish_all`](crate::Publish::publish_all).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoTransaction`], [`Error::InBatch`], which leaves the transaction usable; else [`Error::Database`].
+    fn publish_all<I>(&mut self, messages: I) -> Result<Vec<MessageId>>
+    where
+        I: IntoIterator,
+        I::Item: Into<Outgoing>,
+    {
+        blocking::Publish::publish_all(&mut InTransaction::of(self)?, messages)
+    }
+
+    /// As [`Publish::cancel`](crate::Publish::cancel).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoTransaction`]; else [`Error::Database`].
+    fn cancel(&mut self, id: MessageId) -> Result<bool> {
+        blocking::Publish::cancel(&mut InTransaction::of(self)?, id)
+    }
+
+    /// As [`Publish::reschedule`](crate::Publish::reschedule).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoTransaction`]; else [`Error::Database`].
+    fn reschedule(&mut self, id: MessageId, instant: DateTime<Utc>) -> Result<bool> {
+        blocking::Publish::reschedule(&mut InTransaction::of(self)?, id, instant)
+    }
+
+    /// As [`Publish::register`](crate::Publish::register).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoTransaction`], what [`Cron`] refuses, which leaves the transaction usable; else [`Error::Database`].
+    #[cfg(feature = "cron")]
+    fn register(&mut self, cron: Cron) -> Result<Option<DateTime<Utc>>> {
+        blocking::Publish::register(&mut InTransaction::of(self)?, cron)
+    }
+}
+
+impl<C: LoadConnection<Backend = Pg>> Publish for C {}
+
+pub(super) fn is_open(status: &TransactionManagerStatus) -> Result<()> {
+    match status.transaction_depth()? {
+        Some(_) => Ok(()),
+        None => Err(Error::NoTransaction),
+    }
+}
+
+/// The statement as diesel has it, which is not kept prepared.
+pub(super) fn bound(query: Query) -> BoxedSqlQuery<'static, Pg, SqlQuery> {
+    let mut bound = sql_query(query.sql).into_boxed::<Pg>();
+    for parameter in query.parameters {
+        bound = match parameter {
+            Parameter::Text(text) => bound.bind::<Nullable<Text>, _>(text),
+            Parameter::Bytes(bytes) => bound.bind::<Binary, _>(bytes),
+            Parameter::Texts(texts) => bound.bind::<Array<Nullable<Text>>, _>(texts),
+            Parameter::Blobs(blobs) => bound.bind::<Array<Binary>, _>(blobs),
+        };
+    }
+    bound
+}
+
+pub(super) fn answer(rows: Vec<Row>) -> Answer {
+    Answer(rows.into_iter().map(|row| row.0).collect())
+}
+
+/// The one column that all statements with rows have.
+pub(super) struct Row(Option<String>);
+
+impl QueryableByName<Pg> for Row {
+    fn build<'a>(row: &impl NamedRow<'a, Pg>) -> deserialize::Result<Self> {
+        NamedRow::get::<Nullable<Text>, _>(row, "answer").map(Self)
+    }
+}
+
+impl From<diesel::result::Error> for DatabaseError {
+    fn from(error: diesel::result::Error) -> Self {
+        Self::new(code(&error).map(str::to_owned), error.to_string(), error)
+    }
+}
+
+/// diesel keeps the server's code to itself, and tells some kinds.
+fn code(error: &diesel::result::Error) -> Option<&'static str> {
+    use diesel::result::DatabaseErrorKind as Kind;
+    let diesel::result::Error::DatabaseError(kind, _) = error else {
+        return None;
+    };
+    match kind {
+        Kind::UniqueViolation => Some("23505"),
+        Kind::ForeignKeyViolation => Some("23503"),
+        Kind::NotNullViolation => Some("23502"),
+        Kind::CheckViolation => Some("23514"),
+        Kind::RestrictViolation => Some("23001"),
+        Kind::ExclusionViolation => Some("23P01"),
+        Kind::SerializationFailure => Some("40001"),
+        Kind::ReadOnlyTransaction => Some("25006"),
+        _ => None,
+    }
+}
+
+impl From<diesel::result::Error> for Error {
+    fn from(error: diesel::result::Error) -> Self {
+        Error::Database(error.into())
+    }
+}
