@@ -64,11 +64,11 @@ pub use outgoing::{DEFAULT_DEDUP_WINDOW, DEFAULT_PAYLOAD_LIMIT, Outgoing, messag
 pub use position::Position;
 #[cfg(feature = "derive")]
 pub use postbox_macros::Message;
-pub use publish::{Parameter, Publish, blocking};
+pub use publish::{Publish, blocking};
 pub use rules::{MAX_HEADER_NAME, MAX_HEADERS, MAX_KEY, MAX_NAME, is_name};
 #[cfg(feature = "sqlx")]
 pub use schema::{Migrated, SCHEMA_VERSION, check_schema, migrate, schema_fingerprint};
-pub use statement::Statement;
+pub use statement::{Parameter, Statement};
 
 /// What the derive macro expands to; not for use by hand.
 #[doc(hidden)]

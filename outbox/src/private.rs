@@ -2,7 +2,7 @@
 
 #[cfg(feature = "sqlx")]
 pub use crate::adapters::sqlx::SqlxTransaction;
-pub use crate::publish::{Answer, OpenTransaction, Parameter, Query};
+pub use crate::publish::{Answer, Bind, OpenTransaction, Query};
 pub use crate::reserved::{CRON, REDRIVEN, REPLAYED, SCHEDULED_AT, dead_letters};
 #[cfg(feature = "sqlx")]
 pub use crate::transaction::{Transaction, begin_on};

@@ -7,7 +7,7 @@ use std::future::Future;
 
 use chrono::{DateTime, Utc};
 
-pub use self::query::{Answer, Parameter, Query};
+pub use self::query::{Answer, Bind, Query};
 #[cfg(feature = "sqlx")]
 pub(crate) use self::query::{batch_len, lock_keys_of, one_type, storable, up_to_the_last};
 use self::query::{cancel, reschedule, steps};
@@ -134,8 +134,8 @@ pub trait OpenTransaction: Send {
     fn publish_one(&mut self, message: Valid) -> impl Future<Output = Result<MessageId>> + Send {
         async move {
             let statement = message.into_statement();
-            let answer = self.run(Query::from(&statement)).await?;
-            answer.id_or(statement.id())
+            let id = statement.id();
+            self.run(Query::from(statement)).await?.id_or(id)
         }
     }
 

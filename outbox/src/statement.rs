@@ -3,7 +3,25 @@
 use crate::error::Result;
 use crate::id::MessageId;
 use crate::outgoing::Outgoing;
-use crate::publish::{Parameter, Query};
+use crate::publish::{Bind, Query};
+
+/// What any client of PostgreSQL can bind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Parameter {
+    /// A `text`, or null.
+    Text(Option<String>),
+    /// A `bytea`.
+    Bytes(Vec<u8>),
+}
+
+impl From<Parameter> for Bind {
+    fn from(parameter: Parameter) -> Self {
+        match parameter {
+            Parameter::Text(text) => Bind::Text(text),
+            Parameter::Bytes(bytes) => Bind::Bytes(bytes),
+        }
+    }
+}
 
 /// One statement that publishes one message, with what its parameters `$1`, `$2`, … are. Made by [`Outgoing::statement`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,9 +54,10 @@ impl Statement {
     }
 }
 
-impl From<&Statement> for Query {
-    fn from(statement: &Statement) -> Self {
-        Query::new(statement.sql, statement.parameters.clone())
+impl From<Statement> for Query {
+    fn from(statement: Statement) -> Self {
+        let parameters = statement.parameters.into_iter().map(Bind::from);
+        Query::new(statement.sql, parameters.collect())
     }
 }
 

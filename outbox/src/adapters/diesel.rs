@@ -33,7 +33,7 @@ use crate::error::{DatabaseError, Error, Result};
 use crate::id::MessageId;
 use crate::outgoing::Outgoing;
 use crate::publish::blocking::OpenTransaction;
-use crate::publish::{Answer, Parameter, Query};
+use crate::publish::{Answer, Bind, Query};
 
 /// A connection on which a transaction is open, as diesel knows: by `transaction`, a transaction builder or `begin_test_transaction`. (A `BEGIN` that was
 /// sent as SQL is none, since diesel does not know of it.)
@@ -128,10 +128,10 @@ pub(super) fn bound(query: Query) -> BoxedSqlQuery<'static, Pg, SqlQuery> {
     let mut bound = sql_query(query.sql).into_boxed::<Pg>();
     for parameter in query.parameters {
         bound = match parameter {
-            Parameter::Text(text) => bound.bind::<Nullable<Text>, _>(text),
-            Parameter::Bytes(bytes) => bound.bind::<Binary, _>(bytes),
-            Parameter::Texts(texts) => bound.bind::<Array<Nullable<Text>>, _>(texts),
-            Parameter::Blobs(blobs) => bound.bind::<Array<Binary>, _>(blobs),
+            Bind::Text(text) => bound.bind::<Nullable<Text>, _>(text),
+            Bind::Bytes(bytes) => bound.bind::<Binary, _>(bytes),
+            Bind::Texts(texts) => bound.bind::<Array<Nullable<Text>>, _>(texts),
+            Bind::Blobs(blobs) => bound.bind::<Array<Binary>, _>(blobs),
         };
     }
     bound

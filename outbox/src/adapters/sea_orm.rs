@@ -4,7 +4,7 @@ use sea_orm::sea_query::ArrayType;
 use sea_orm::{ConnectionTrait, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, Statement, Value};
 
 use crate::error::{DatabaseError, Error, Result};
-use crate::publish::{Answer, OpenTransaction, Parameter, Query};
+use crate::publish::{Answer, Bind, OpenTransaction, Query};
 
 impl OpenTransaction for DatabaseTransaction {
     async fn run(&mut self, query: Query) -> Result<Answer> {
@@ -16,12 +16,12 @@ impl OpenTransaction for DatabaseTransaction {
     }
 }
 
-fn value(parameter: Parameter) -> Value {
+fn value(parameter: Bind) -> Value {
     match parameter {
-        Parameter::Text(text) => Value::String(text),
-        Parameter::Bytes(bytes) => Value::Bytes(Some(bytes)),
-        Parameter::Texts(texts) => Value::String(Some(literal(&texts))),
-        Parameter::Blobs(blobs) => {
+        Bind::Text(text) => Value::String(text),
+        Bind::Bytes(bytes) => Value::Bytes(Some(bytes)),
+        Bind::Texts(texts) => Value::String(Some(literal(&texts))),
+        Bind::Blobs(blobs) => {
             let blobs = blobs.into_iter().map(|bytes| Value::Bytes(Some(bytes)));
             Value::Array(ArrayType::Bytes, Some(Box::new(blobs.collect())))
         }

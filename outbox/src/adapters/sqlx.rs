@@ -9,7 +9,7 @@ use crate::error::{DatabaseError, Error, Result};
 use crate::id::MessageId;
 use crate::outgoing::{DEFAULT_DEDUP_WINDOW, Valid, When};
 use crate::publish::{
-    Answer, OpenTransaction, Parameter, Query, batch_len, lock_keys_of, one_type, storable, up_to_the_last,
+    Answer, Bind, OpenTransaction, Query, batch_len, lock_keys_of, one_type, storable, up_to_the_last,
 };
 
 /// What has a transaction of sqlx open.
@@ -99,10 +99,10 @@ pub(crate) async fn run(connection: &mut PgConnection, query: Query) -> Result<A
     let mut bound = sqlx::query_scalar(query.sql);
     for parameter in query.parameters {
         bound = match parameter {
-            Parameter::Text(text) => bound.bind(text),
-            Parameter::Bytes(bytes) => bound.bind(bytes),
-            Parameter::Texts(texts) => bound.bind(texts),
-            Parameter::Blobs(blobs) => bound.bind(blobs),
+            Bind::Text(text) => bound.bind(text),
+            Bind::Bytes(bytes) => bound.bind(bytes),
+            Bind::Texts(texts) => bound.bind(texts),
+            Bind::Blobs(blobs) => bound.bind(blobs),
         };
     }
     Ok(Answer(bound.fetch_all(connection).await?))

@@ -3,17 +3,17 @@
 use sqlx_0_8::{Postgres, Transaction};
 
 use crate::error::{DatabaseError, Error, Result};
-use crate::publish::{Answer, OpenTransaction, Parameter, Query};
+use crate::publish::{Answer, Bind, OpenTransaction, Query};
 
 impl OpenTransaction for Transaction<'_, Postgres> {
     async fn run(&mut self, query: Query) -> Result<Answer> {
         let mut bound = sqlx_0_8::query_scalar(query.sql);
         for parameter in query.parameters {
             bound = match parameter {
-                Parameter::Text(text) => bound.bind(text),
-                Parameter::Bytes(bytes) => bound.bind(bytes),
-                Parameter::Texts(texts) => bound.bind(texts),
-                Parameter::Blobs(blobs) => bound.bind(blobs),
+                Bind::Text(text) => bound.bind(text),
+                Bind::Bytes(bytes) => bound.bind(bytes),
+                Bind::Texts(texts) => bound.bind(texts),
+                Bind::Blobs(blobs) => bound.bind(blobs),
             };
         }
         Ok(Answer(bound.fetch_all(&mut **self).await?))

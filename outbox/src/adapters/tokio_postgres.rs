@@ -4,7 +4,7 @@ use tokio_postgres::Transaction;
 use tokio_postgres::types::{ToSql, Type};
 
 use crate::error::{DatabaseError, Error, Result};
-use crate::publish::{Answer, OpenTransaction, Parameter, Query};
+use crate::publish::{Answer, Bind, OpenTransaction, Query};
 
 impl OpenTransaction for Transaction<'_> {
     async fn run(&mut self, query: Query) -> Result<Answer> {
@@ -15,12 +15,12 @@ impl OpenTransaction for Transaction<'_> {
     }
 }
 
-pub(super) fn typed(parameter: &Parameter) -> (&(dyn ToSql + Sync), Type) {
+pub(super) fn typed(parameter: &Bind) -> (&(dyn ToSql + Sync), Type) {
     match parameter {
-        Parameter::Text(text) => (text, Type::TEXT),
-        Parameter::Bytes(bytes) => (bytes, Type::BYTEA),
-        Parameter::Texts(texts) => (texts, Type::TEXT_ARRAY),
-        Parameter::Blobs(blobs) => (blobs, Type::BYTEA_ARRAY),
+        Bind::Text(text) => (text, Type::TEXT),
+        Bind::Bytes(bytes) => (bytes, Type::BYTEA),
+        Bind::Texts(texts) => (texts, Type::TEXT_ARRAY),
+        Bind::Blobs(blobs) => (blobs, Type::BYTEA_ARRAY),
     }
 }
 

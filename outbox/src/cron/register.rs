@@ -10,7 +10,7 @@ use super::schedule::{Missed, Schedule};
 use crate::adapters::sqlx::run as sqlx_run;
 use crate::error::{CronError, Result};
 use crate::outgoing::{Outgoing, Valid, When};
-use crate::publish::{Answer, Parameter, Query, instant, instant_of, interval, unexpected};
+use crate::publish::{Answer, Bind, Query, instant, instant_of, interval, unexpected};
 use crate::rules::is_name;
 
 /// A recurring message, to be registered under a name.
@@ -99,27 +99,27 @@ impl ValidCron {
     pub(crate) fn register(&self, fired: &Answer) -> Result<Query> {
         let message = &self.message;
         let next = next(fired, &self.schedule)?;
-        let text = |text: Option<&str>| Parameter::Text(text.map(str::to_owned));
+        let text = |text: Option<&str>| Bind::Text(text.map(str::to_owned));
         let parameters = vec![
-            Parameter::Text(Some(self.name.clone())),
-            Parameter::Text(Some(self.schedule.expression().to_string())),
-            Parameter::Text(Some(self.schedule.time_zone().to_string())),
+            Bind::Text(Some(self.name.clone())),
+            Bind::Text(Some(self.schedule.expression().to_string())),
+            Bind::Text(Some(self.schedule.time_zone().to_string())),
             text(Some(self.missed.as_str())),
             text(Some(&message.topic)),
             text(message.message_type.as_deref()),
             text(message.key.as_deref()),
-            Parameter::Text(message.headers.as_ref().map(ToString::to_string)),
+            Bind::Text(message.headers.as_ref().map(ToString::to_string)),
             text(message.content_type.as_deref()),
-            Parameter::Bytes(message.payload.clone()),
-            Parameter::Text(message.expiry.and_then(When::span).map(interval)),
-            Parameter::Text(next.map(instant)),
+            Bind::Bytes(message.payload.clone()),
+            Bind::Text(message.expiry.and_then(When::span).map(interval)),
+            Bind::Text(next.map(instant)),
         ];
         Ok(Query::new(REGISTER, parameters))
     }
 }
 
 pub(super) fn fired(name: &str) -> Query {
-    Query::new(FIRED, vec![Parameter::Text(Some(name.to_owned()))])
+    Query::new(FIRED, vec![Bind::Text(Some(name.to_owned()))])
 }
 
 /// The first due time after now that has not fired: each fires once, even if the clock is set back in between.

@@ -32,7 +32,8 @@ pub trait Publish: OpenTransaction {
     /// A message that is refused, which leaves the transaction usable; else [`Error::Database`](crate::Error::Database).
     fn publish(&mut self, message: impl Into<Outgoing>) -> Result<MessageId> {
         let statement = message.into().statement()?;
-        self.run(Query::from(&statement))?.id_or(statement.id())
+        let id = statement.id();
+        self.run(Query::from(statement))?.id_or(id)
     }
 
     /// As [`Publish::publish_all`](crate::Publish::publish_all).

@@ -8,11 +8,11 @@ use chrono::{DateTime, Datelike, TimeDelta, Timelike, Utc};
 use crate::error::{DatabaseError, Error, Result};
 use crate::id::MessageId;
 use crate::outgoing::{DEFAULT_DEDUP_WINDOW, Valid, When};
-use crate::statement::Statement;
+use crate::statement::{Parameter, Statement};
 
-/// What any client can bind.
+/// What is bound to a parameter, all of which any client can.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Parameter {
+pub enum Bind {
     /// A `text`, or null.
     Text(Option<String>),
     /// A `bytea`.
@@ -23,7 +23,7 @@ pub enum Parameter {
     Blobs(Vec<Vec<u8>>),
 }
 
-impl Parameter {
+impl Bind {
     pub(crate) fn text(text: impl Into<String>) -> Self {
         Self::Text(Some(text.into()))
     }
@@ -39,12 +39,12 @@ pub struct Query {
     /// SQL.
     pub sql: &'static str,
     /// `$1`, `$2`, …
-    pub parameters: Vec<Parameter>,
+    pub parameters: Vec<Bind>,
 }
 
 impl Query {
     /// Of a text that is always the same.
-    pub fn new(sql: &'static str, parameters: Vec<Parameter>) -> Self {
+    pub fn new(sql: &'static str, parameters: Vec<Bind>) -> Self {
         Self { sql, parameters }
     }
 }
@@ -105,11 +105,11 @@ const CANCEL: &str = "SELECT postbox.cancel($1::pg_catalog.text::pg_catalog.uuid
 const RESCHEDULE: &str = "SELECT postbox.reschedule($1::pg_catalog.text::pg_catalog.uuid, $2::pg_catalog.text::pg_catalog.timestamptz)::pg_catalog.text AS answer";
 
 pub(super) fn cancel(id: MessageId) -> Query {
-    Query::new(CANCEL, vec![Parameter::text(id.to_string())])
+    Query::new(CANCEL, vec![Bind::text(id.to_string())])
 }
 
 pub(super) fn reschedule(id: MessageId, at: DateTime<Utc>) -> Query {
-    let parameters = vec![Parameter::text(id.to_string()), Parameter::text(instant(at))];
+    let parameters = vec![Bind::text(id.to_string()), Bind::text(instant(at))];
     Query::new(RESCHEDULE, parameters)
 }
 
@@ -236,19 +236,19 @@ fn lock_keys(messages: &[Valid]) -> Option<Query> {
     let keys = keys.into_iter().map(|key| key.map(str::to_owned)).collect();
     Some(Query::new(
         LOCK_KEYS,
-        vec![Parameter::Texts(topics), Parameter::Texts(keys)],
+        vec![Bind::Texts(topics), Bind::Texts(keys)],
     ))
 }
 
-fn texts(batch: &[Valid], of: impl Fn(&Valid) -> Option<String>) -> Parameter {
-    Parameter::Texts(batch.iter().map(of).collect())
+fn texts(batch: &[Valid], of: impl Fn(&Valid) -> Option<String>) -> Bind {
+    Bind::Texts(batch.iter().map(of).collect())
 }
 
 /// The same without the nulls at the end, for arrays of which a shorter one goes on as nulls.
-fn optional(batch: &[Valid], of: impl Fn(&Valid) -> Option<String>) -> Parameter {
+fn optional(batch: &[Valid], of: impl Fn(&Valid) -> Option<String>) -> Bind {
     let mut column: Vec<_> = batch.iter().map(of).collect();
     column.truncate(up_to_the_last(&column).len());
-    Parameter::Texts(column)
+    Bind::Texts(column)
 }
 
 fn id(message: &Valid) -> Option<String> {
@@ -271,17 +271,13 @@ fn content_type(message: &Valid) -> Option<String> {
     message.content_type.as_deref().map(str::to_owned)
 }
 
-fn payloads(batch: Vec<Valid>) -> Parameter {
-    Parameter::Blobs(batch.into_iter().map(|message| message.payload).collect())
+fn payloads(batch: Vec<Valid>) -> Bind {
+    Bind::Blobs(batch.into_iter().map(|message| message.payload).collect())
 }
 
 fn insert(batch: Vec<Valid>) -> Query {
     let (sql, topic, of_type) = match one_type(&batch) {
-        Some((topic, of_type)) => (
-            INSERT_BATCH_OF_ONE_TYPE,
-            Parameter::text(topic),
-            Parameter::maybe(of_type),
-        ),
+        Some((topic, of_type)) => (INSERT_BATCH_OF_ONE_TYPE, Bind::text(topic), Bind::maybe(of_type)),
         None => (
             INSERT_BATCH,
             texts(&batch, |m| Some(m.topic.to_string())),
@@ -366,7 +362,7 @@ impl Valid {
     pub(crate) fn into_statement(self) -> Statement {
         let mut parameters = vec![
             Parameter::Text(id(&self)),
-            Parameter::text(self.topic.as_ref()),
+            Parameter::Text(Some(self.topic.to_string())),
             Parameter::Text(message_type(&self)),
             Parameter::Text(key(&self)),
             Parameter::Text(headers(&self)),
@@ -392,8 +388,8 @@ fn special(message: &Valid) -> [Parameter; 7] {
     let span = |when: Option<When>| Parameter::Text(when.and_then(When::span).map(interval));
     [
         Parameter::Text(dedup.map(|dedup| dedup.key.clone())),
-        Parameter::text(interval(window)),
-        Parameter::text(message.ordered.to_string()),
+        Parameter::Text(Some(interval(window))),
+        Parameter::Text(Some(message.ordered.to_string())),
         at(message.due),
         span(message.due),
         at(message.expiry),
@@ -457,7 +453,7 @@ mod tests {
                 .delay(Duration::from_secs(1))
                 .ordered()
         };
-        let alone = [plain(), special()].map(|m| Query::from(&valid(m).into_statement()));
+        let alone = [plain(), special()].map(|m| Query::from(valid(m).into_statement()));
         let batches = [
             vec![plain(), plain()],
             vec![plain(), Outgoing::json("orders", &1)],
