@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use chrono::{DateTime, SecondsFormat, Utc};
-use postbox::Outgoing;
 use postbox::cron::{self, Cron, Missed, Registered, Schedule};
+use postbox::{Outgoing, Publish};
 
 use crate::database::Database;
 use crate::output::{Output, in_one_line};
@@ -165,10 +165,10 @@ impl Add {
             message = message.expires_in(span);
         }
         let pool = database.open(1).await?;
-        let next_at = Cron::new(self.name, schedule, message)
-            .missed(self.missed)
-            .register(&mut *pool.acquire().await?)
-            .await?;
+        let cron = Cron::new(self.name, schedule, message).missed(self.missed);
+        let mut tx = pool.begin().await?;
+        let next_at = tx.register(cron).await?;
+        tx.commit().await?;
         Output::default().line(&at(next_at))
     }
 }

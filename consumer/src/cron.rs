@@ -1,5 +1,7 @@
 //! Schedules that handlers bring along: checked and registered when the consumer starts.
 
+use postbox::__private::Transaction;
+use postbox::Publish;
 use postbox::cron::Cron;
 use sqlx::PgPool;
 
@@ -20,13 +22,17 @@ pub(crate) fn read_all(definitions: &[HandlerDefinition]) -> Result<Vec<(&'stati
         .collect()
 }
 
+/// Whatever the database, the role and the pool default to.
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE";
+
 /// Before the subscriptions are: a firing that comes in between is found, because they begin at the earliest message.
 pub(crate) async fn register_all(pool: &PgPool, crons: Vec<(&'static str, Cron)>) -> Result<(), Error> {
     for (handler, cron) in crons {
-        let mut connection = pool.acquire().await?;
-        cron.register(&mut connection)
+        let mut tx = Transaction::begin(pool, BEGIN).await?;
+        tx.register(cron)
             .await
             .map_err(|source| Error::Cron { handler, source })?;
+        tx.commit().await?;
     }
     Ok(())
 }

@@ -4,15 +4,15 @@
 //! message says in its header [`SCHEDULED_AT`] for which due time it is, and in [`CRON`] of which schedule.
 //!
 //! ```no_run
-//! use postbox::Outgoing;
 //! use postbox::cron::{Cron, Missed, Schedule};
+//! use postbox::{Outgoing, Publish};
 //!
 //! # async fn example(pool: sqlx::PgPool) -> Result<(), postbox::Error> {
 //! let weekdays_at_six = Schedule::parse("0 6 * * mon-fri", "Europe/Berlin")?;
-//! Cron::new("daily-report", weekdays_at_six, Outgoing::json("reports", "daily"))
-//!     .missed(Missed::Once)
-//!     .register(&mut *pool.acquire().await?)
-//!     .await?;
+//! let report = Cron::new("daily-report", weekdays_at_six, Outgoing::json("reports", "daily")).missed(Missed::Once);
+//! let mut tx = pool.begin().await?;
+//! tx.register(report).await?;
+//! tx.commit().await?;
 //! # Ok(()) }
 //! ```
 //!
@@ -39,7 +39,7 @@
 //! fired meanwhile are left out, and those that the wrong clock passed over (by the policy for missed ones) fire when they come.
 
 mod expression;
-mod register;
+pub(crate) mod register;
 #[cfg(feature = "sqlx")]
 mod registered;
 mod schedule;

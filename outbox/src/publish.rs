@@ -2,6 +2,8 @@
 
 pub mod blocking;
 mod query;
+#[cfg(feature = "cron")]
+mod register;
 
 use std::future::Future;
 
@@ -11,8 +13,6 @@ pub use self::query::{Answer, Bind, Query};
 #[cfg(feature = "sqlx")]
 pub(crate) use self::query::{batch_len, lock_keys_of, one_type, storable, up_to_the_last};
 use self::query::{cancel, reschedule, steps};
-#[cfg(feature = "cron")]
-pub(crate) use self::query::{instant, instant_of, interval, unexpected};
 #[cfg(feature = "cron")]
 use crate::cron::Cron;
 use crate::error::{Error, Result};
@@ -107,8 +107,10 @@ pub trait Publish: OpenTransaction {
         async move { self.run(reschedule(id, instant)).await?.yes_or_no() }
     }
 
-    /// Registers a recurring message, or changes the one of that name; takes effect when the transaction commits. Returns its next due time. See
-    /// [`Cron`].
+    /// Registers a recurring message, or changes the one of that name; takes effect when the transaction commits. Returns its next due time.
+    ///
+    /// Registering what is there already changes nothing: it keeps its next due time and stays paused if it is. A changed expression or time zone
+    /// counts from now. It begins with the first due time after now.
     ///
     /// # Errors
     ///

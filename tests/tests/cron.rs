@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Timelike, Utc};
-use postbox::Outgoing;
 use postbox::cron::{self, Cron, Missed, SCHEDULED_AT, Schedule};
+use postbox::{Outgoing, Publish};
 use postbox_consumer::{
     Consumer, Delivery, HandlerDefinition, HandlerError, ScheduledAt, State, Tx, handlers,
 };
@@ -29,11 +29,10 @@ fn every(expression: &str) -> Cron {
 }
 
 async fn register(pool: &PgPool, cron: Cron) -> DateTime<Utc> {
-    let mut connection = pool.acquire().await.expect("a connection");
-    cron.register(&mut connection)
-        .await
-        .expect("registered")
-        .expect("a next due time")
+    let mut tx = pool.begin().await.expect("a transaction");
+    let next = tx.register(cron).await.expect("registered");
+    tx.commit().await.expect("committed");
+    next.expect("a next due time")
 }
 
 /// The due times of the firings, in the order of the outbox, each with when it was published.
@@ -262,7 +261,7 @@ async fn a_schedule_that_cannot_be_read_holds_up_no_other() {
 #[tokio::test]
 async fn what_a_recurring_message_cannot_have_is_refused() {
     let db = TestDatabase::new().await.unwrap();
-    let mut connection = db.connect().await.unwrap();
+    let mut tx = db.pool().begin().await.unwrap();
     let schedule = || Schedule::parse("@daily", "UTC").unwrap();
     let message = || Outgoing::json("t", &1);
     for (cron, says) in [
@@ -285,7 +284,7 @@ async fn what_a_recurring_message_cannot_have_is_refused() {
             "topic \"a b\"",
         ),
     ] {
-        let error = cron.register(&mut connection).await.unwrap_err().to_string();
+        let error = tx.register(cron).await.unwrap_err().to_string();
         assert!(error.contains(says), "{error:?} says {says:?}");
     }
 }

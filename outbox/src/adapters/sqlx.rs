@@ -32,6 +32,12 @@ impl<T: SqlxTransaction> OpenTransaction for T {
     }
 }
 
+impl SqlxTransaction for crate::transaction::Transaction {
+    fn connection(&mut self) -> &mut PgConnection {
+        self
+    }
+}
+
 impl SqlxTransaction for Transaction<'_, Postgres> {
     fn connection(&mut self) -> &mut PgConnection {
         self
@@ -95,7 +101,7 @@ impl From<sqlx::Error> for Error {
 }
 
 /// Any statement, on a connection.
-pub(crate) async fn run(connection: &mut PgConnection, query: Query) -> Result<Answer> {
+async fn run(connection: &mut PgConnection, query: Query) -> Result<Answer> {
     let mut bound = sqlx::query_scalar(query.sql);
     for parameter in query.parameters {
         bound = match parameter {

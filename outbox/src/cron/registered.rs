@@ -4,9 +4,8 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::{PgConnection, Row};
 
-use super::register::{fired, next};
+use super::register::{FIRED, next};
 use super::schedule::Schedule;
-use crate::adapters::sqlx::run;
 use crate::error::Result;
 use crate::instant::MaybeTimestamptz;
 
@@ -102,7 +101,11 @@ pub async fn resume(connection: &mut PgConnection, name: &str) -> Result<bool> {
             return Ok(false);
         };
         let schedule = Schedule::parse(&found.schedule, &found.time_zone)?;
-        let next_at = next(&run(connection, fired(name)).await?, &schedule)?;
+        let fired: Vec<Option<String>> = sqlx::query_scalar(FIRED)
+            .bind(name)
+            .fetch_all(&mut *connection)
+            .await?;
+        let next_at = next(&fired, &schedule)?;
         let resumed = sqlx::query(RESUME)
             .bind(name)
             .bind(&found.schedule)

@@ -35,8 +35,9 @@ impl DatabaseError {
     }
 
     /// The server has answered otherwise than it does to such a statement.
-    pub(crate) fn answer(what: String) -> Self {
-        Self::new(None, what.clone(), what)
+    pub(crate) fn answer(what: &str) -> Self {
+        let text = format!("the server answered with {what}");
+        Self::new(None, text.clone(), text)
     }
 
     /// The server's five-character code (SQLSTATE), if the server has answered: see

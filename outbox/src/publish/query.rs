@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Datelike, TimeDelta, Timelike, Utc};
 
+#[cfg(feature = "cron")]
+use crate::cron::register::instant_of;
 use crate::error::{DatabaseError, Error, Result};
 use crate::id::MessageId;
 use crate::outgoing::{DEFAULT_DEDUP_WINDOW, Valid, When};
@@ -80,16 +82,8 @@ impl Answer {
     /// In microseconds since 1970.
     #[cfg(feature = "cron")]
     pub(crate) fn instant(&self) -> Result<Option<DateTime<Utc>>> {
-        self.one()?.map(instant_of).transpose()
+        self.one()?.map(|micros| instant_of(Some(micros))).transpose()
     }
-}
-
-/// An instant that the server gives as microseconds since 1970.
-#[cfg(feature = "cron")]
-pub(crate) fn instant_of(micros: &str) -> Result<DateTime<Utc>> {
-    let micros: Option<i64> = micros.parse().ok();
-    (micros.and_then(DateTime::from_timestamp_micros))
-        .ok_or_else(|| unexpected(format!("{micros:?} where microseconds were to come")))
 }
 
 fn id_of(text: Option<&str>) -> Result<MessageId> {
@@ -97,8 +91,8 @@ fn id_of(text: Option<&str>) -> Result<MessageId> {
         .ok_or_else(|| unexpected(format!("{text:?} where an id was to come")))
 }
 
-pub(crate) fn unexpected(what: String) -> Error {
-    Error::Database(DatabaseError::answer(format!("the server answered with {what}")))
+fn unexpected(what: String) -> Error {
+    Error::Database(DatabaseError::answer(&what))
 }
 
 const CANCEL: &str = "SELECT postbox.cancel($1::pg_catalog.text::pg_catalog.uuid)::pg_catalog.text AS answer";

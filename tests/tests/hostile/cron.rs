@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Datelike, NaiveDateTime, Offset, TimeDelta, TimeZone, Timelike, Utc};
 use chrono_tz::Tz;
-use postbox::Outgoing;
 use postbox::cron::{self, Cron, Missed, Schedule};
+use postbox::{Outgoing, Publish};
 use postbox_dispatcher::{Dispatcher, DispatcherHandle};
 use postbox_testkit::{TestDatabase, eventually};
 use sqlx::PgPool;
@@ -210,11 +210,10 @@ async fn dispatcher(db: &TestDatabase) -> DispatcherHandle {
 async fn register(pool: &PgPool, expression: &str) -> DateTime<Utc> {
     let schedule = Schedule::parse(expression, "UTC").expect("a schedule");
     let cron = Cron::new("c", schedule, Outgoing::json("ticks", &7)).missed(Missed::Once);
-    let mut connection = pool.acquire().await.expect("a connection");
-    cron.register(&mut connection)
-        .await
-        .expect("registered")
-        .expect("a next due time")
+    let mut tx = pool.begin().await.expect("a transaction");
+    let next = tx.register(cron).await.expect("registered");
+    tx.commit().await.expect("committed");
+    next.expect("a next due time")
 }
 
 /// The due times that fired, in the order of their firings.
