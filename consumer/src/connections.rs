@@ -17,7 +17,7 @@ use sqlx::{Error, PgPool};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::warn;
 
-pub(crate) use self::checkout::{Checkout, Committed, MARKED, Statements};
+pub(crate) use self::checkout::{Checkout, Committed, MARKED, ROUND_TRIP, Statements};
 
 /// Who waits longer asks who has them.
 const PATIENCE: Duration = Duration::from_secs(1);

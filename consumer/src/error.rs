@@ -106,11 +106,19 @@ pub enum Error {
     },
     /// A broadcast from memory has no acknowledgement that a transaction could commit.
     #[error(
-        "handler {handler} is a broadcast and takes a Tx: only group handlers and broadcast = \"durable\" can"
+        "handler {handler} is a broadcast and takes a Tx or a Settlement: only group handlers and broadcast = \"durable\" can"
     )]
     BroadcastTx {
         /// The handler.
         handler: &'static str,
+    },
+    /// A handler takes a `Settlement` where there is none.
+    #[error("handler {handler} cannot have a Settlement: {why}")]
+    Settlement {
+        /// The handler.
+        handler: &'static str,
+        /// Why not.
+        why: &'static str,
     },
     /// A handler takes a batch without saying how large, or says it and takes single messages.
     #[error("handler {handler}: `batch` and an argument `Batch<…>` go together")]

@@ -7,6 +7,7 @@ mod json;
 mod needs;
 mod raw;
 mod scheduled_at;
+mod settlement;
 mod state;
 mod tx;
 
@@ -23,6 +24,8 @@ pub use json::Json;
 pub use needs::Needs;
 pub use raw::Raw;
 pub use scheduled_at::ScheduledAt;
+pub use settlement::Settlement;
+pub(crate) use settlement::{Claim, Used};
 pub use state::State;
 pub(crate) use tx::{OwnSlot, TxSource};
 pub use tx::{TestTx, Tx};
@@ -41,6 +44,8 @@ pub struct Invocation {
     pub(crate) attempt: u32,
     pub(crate) states: Arc<States>,
     pub(crate) tx: Option<TxSource>,
+    /// For a handler that settles in a transaction of its own.
+    pub(crate) settlement: Option<Arc<Claim>>,
     /// Of a hook for dead letters.
     pub(crate) letter: Option<Box<DeadLetter>>,
 }
@@ -97,12 +102,12 @@ impl fmt::Debug for Invocation {
 
 /// Makes an argument of a handler from a delivery.
 ///
-/// Implemented for every [`Message`], and for [`Json`], [`Raw`], [`Delivery`], [`DeadLetter`], [`ScheduledAt`], [`State`] and [`Tx`]. Implement it for a type
+/// Implemented for every [`Message`], and for [`Json`], [`Raw`], [`Delivery`], [`DeadLetter`], [`ScheduledAt`], [`State`], [`Tx`] and [`Settlement`]. Implement it for a type
 /// of your own to check or convert something before each run: make it from these, see [`Needs`].
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be an argument of a handler",
     label = "not a message and not an extractor",
-    note = "take a type with `#[derive(Serialize, Deserialize, Message)]`, or `Json<T>`, `Raw`, `Delivery`, `State<S>` or `Tx`, by value"
+    note = "take a type with `#[derive(Serialize, Deserialize, Message)]`, or `Json<T>`, `Raw`, `Delivery`, `State<S>`, `Tx` or `Settlement`, by value"
 )]
 pub trait Extract: Sized {
     /// What it needs. A handler whose messages are of several topics does not compile, and one that asks for a state that is not there does not start.

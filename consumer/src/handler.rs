@@ -315,6 +315,11 @@ impl HandlerDefinition {
         self.needs.iter().any(|needs| needs.transaction)
     }
 
+    /// Whether an argument is the right to settle in a transaction of its own.
+    pub(crate) fn settles(&self) -> bool {
+        self.needs.iter().any(|needs| needs.settlement)
+    }
+
     /// Whether an argument is a [`Batch`](crate::Batch).
     pub(crate) fn takes_batches(&self) -> bool {
         self.needs.iter().any(|needs| needs.batch)

@@ -56,7 +56,7 @@ pub use consumer::{Consumer, ConsumerHandle, SubscriptionStats};
 pub use error::Error;
 pub use extract::{
     Batch, BatchItem, BesideBatch, DeadLetter, Delivery, Extract, Invocation, Json, Needs, Raw, ScheduledAt,
-    State, TestTx, Tx,
+    Settlement, State, TestTx, Tx,
 };
 pub use handler::failures::{BatchResult, Failures};
 pub use handler::retry::{DEFAULT_MAX_ATTEMPTS, Exhausted, Retry};

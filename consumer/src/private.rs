@@ -50,6 +50,14 @@ pub const fn fits(arguments: &[Needs], batch: bool, batch_wait: bool, result_of_
         "`BatchResult` says which messages of a batch failed: take a `Batch<…>`, or return `Result<(), HandlerError>`"
     );
     assert!(
+        !(all.transaction && all.settlement),
+        "a `Tx` settles the message by itself: take it, or a `Settlement` for a transaction of your own, but not both"
+    );
+    assert!(
+        !(result_of_each && all.settlement),
+        "a `Settlement` is of the whole batch, so no single messages of it can fail: return `Result<(), HandlerError>`"
+    );
+    assert!(
         !(result_of_each && all.transaction),
         "a `Tx` commits whole, so no single messages of its batch can fail: return `Result<(), HandlerError>`"
     );

@@ -174,8 +174,20 @@ fn check<'a>(definition: &'a HandlerDefinition, states: &States) -> Result<(&'a 
     if definition.dead_letters_of.is_none() && needs.clone().any(|needs| needs.dead_letter) {
         return Err(Error::NoDeadLetters { handler });
     }
-    if *audience == Audience::Broadcast && definition.is_transactional() {
+    if *audience == Audience::Broadcast && (definition.is_transactional() || definition.settles()) {
         return Err(Error::BroadcastTx { handler });
+    }
+    if hook.is_some_and(|hook| hook.needs.settlement) {
+        return Err(Error::Settlement {
+            handler,
+            why: "its hook for dead letters takes one, and there is nothing that a hook could settle",
+        });
+    }
+    if definition.settles() && definition.is_transactional() {
+        return Err(Error::Settlement {
+            handler,
+            why: "it takes a Tx too, which settles the message by itself",
+        });
     }
     let out_of_range = |option, value: String, range| Error::OutOfRange {
         handler,
@@ -347,6 +359,7 @@ impl Family<'_> {
             quarantine: quarantine.clone(),
             clock: clock.clone(),
             states: states.clone(),
+            pool: hooks_pool.clone(),
             hooks: Arc::new(Hooks {
                 pool: hooks_pool.clone(),
                 turns: Semaphore::new(hooks_at_once),

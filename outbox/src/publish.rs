@@ -135,9 +135,8 @@ pub trait OpenTransaction: Send {
     /// Publishes one.
     fn publish_one(&mut self, message: Valid) -> impl Future<Output = Result<MessageId>> + Send {
         async move {
-            let statement = message.into_statement();
-            let id = statement.id();
-            self.run(Query::from(statement)).await?.id_or(id)
+            let id = message.id;
+            self.run(message.into_query()).await?.id_or(id)
         }
     }
 

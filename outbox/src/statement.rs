@@ -14,15 +14,6 @@ pub enum Parameter {
     Bytes(Vec<u8>),
 }
 
-impl From<Parameter> for Bind {
-    fn from(parameter: Parameter) -> Self {
-        match parameter {
-            Parameter::Text(text) => Bind::Text(text),
-            Parameter::Bytes(bytes) => Bind::Bytes(bytes),
-        }
-    }
-}
-
 /// One statement that publishes one message, with what its parameters `$1`, `$2`, … are. Made by [`Outgoing::statement`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "it publishes nothing until it is executed"]
@@ -33,10 +24,6 @@ pub struct Statement {
 }
 
 impl Statement {
-    pub(crate) fn new(id: MessageId, sql: &'static str, parameters: Vec<Parameter>) -> Self {
-        Self { id, sql, parameters }
-    }
-
     /// The id that the message gets; with a [`dedup_key`](Outgoing::dedup_key) the row that the statement returns has it, since it may be that of an
     /// earlier message.
     pub fn id(&self) -> MessageId {
@@ -51,13 +38,6 @@ impl Statement {
     /// Its parameters in their order: each `text`, but the payload, which is `bytea`. Whatever else a column is the statement casts.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
-    }
-}
-
-impl From<Statement> for Query {
-    fn from(statement: Statement) -> Self {
-        let parameters = statement.parameters.into_iter().map(Bind::from);
-        Query::new(statement.sql, parameters.collect())
     }
 }
 
@@ -87,7 +67,20 @@ impl Outgoing {
     ///
     /// A message that is refused; the error names the field and the limit.
     pub fn statement(self) -> Result<Statement> {
-        Ok(self.validate()?.into_statement())
+        let message = self.validate()?;
+        let id = message.id;
+        let Query { sql, parameters } = message.into_query();
+        let parameters = parameters.into_iter().filter_map(|bind| match bind {
+            Bind::Text(text) => Some(Parameter::Text(text)),
+            Bind::Bytes(bytes) => Some(Parameter::Bytes(bytes)),
+            // Those of batches.
+            Bind::Texts(_) | Bind::Blobs(_) => None,
+        });
+        Ok(Statement {
+            id,
+            sql,
+            parameters: parameters.collect(),
+        })
     }
 }
 

@@ -21,7 +21,7 @@ use super::Seat;
 const SPAN: Duration = Duration::from_millis(50);
 
 /// A connection that does not answer for so long is dead, though nobody said so. A commit may wait for a standby.
-const ROUND_TRIP: Duration = Duration::from_secs(10);
+pub(crate) const ROUND_TRIP: Duration = Duration::from_secs(10);
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// For what is left of it to be rolled back on its way to the pool.
 const RETURN_TIMEOUT: Duration = Duration::from_secs(5);

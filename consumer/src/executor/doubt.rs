@@ -1,4 +1,4 @@
-//! Doubt: commits whose answer was lost, until the next claim of their lane shows what became of them.
+//! Doubt: commits of which it is not known whether they were made, until the next claim of their lane shows what became of them.
 //!
 //! What had committed is settled, and not seen here again. What comes again had not: its run has failed, as far as its policy is concerned. A handler that
 //! swallows the loss of its connection, and returns Ok, would otherwise run as fast as lanes can be claimed, for ever.
@@ -23,11 +23,11 @@ struct Doubt {
     messages: usize,
     /// The message has a row, which the claim deletes if it was settled.
     stored: bool,
-    error: String,
+    failure: HandlerError,
 }
 
 impl Executor {
-    pub(super) fn doubt(&mut self, jobs: &Jobs, error: &str) {
+    pub(super) fn doubt(&mut self, jobs: &Jobs, failure: &HandlerError) {
         for job in jobs.iter() {
             let doubt = Doubt {
                 lane: job.lane,
@@ -35,7 +35,7 @@ impl Executor {
                 failing_since: job.failing_since,
                 messages: jobs.len(),
                 stored: job.stored,
-                error: format!("the connection was lost before the transaction was committed: {error}"),
+                failure: failure.clone(),
             };
             self.failing.doubts.0.insert(job.offset, doubt);
         }
@@ -53,7 +53,7 @@ impl Executor {
             job.limit = (doubt.messages / PARTS).max(1);
             return None;
         }
-        Some(HandlerError::retry(doubt.error))
+        Some(doubt.failure)
     }
 
     /// Of lanes that were claimed just now: what is settled does not come again.

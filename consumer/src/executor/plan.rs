@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::PgPool;
 use tokio::sync::Semaphore;
 
 use crate::clock::DatabaseClock;
@@ -37,6 +38,8 @@ pub(crate) struct Plan {
     /// By which messages expire.
     pub(crate) clock: Arc<DatabaseClock>,
     pub(crate) states: Arc<States>,
+    /// The application's, for a statement at a time.
+    pub(crate) pool: PgPool,
     /// Where those run who are told of dead letters.
     pub(crate) hooks: Arc<Hooks>,
     /// Where transactional handlers get theirs, if there are any.

@@ -240,6 +240,12 @@ impl Executor {
                 Err(verdict) => self.concluded(jobs, verdict),
             };
         }
+        if jobs.handler().settles {
+            return match self.settling(&jobs) {
+                Ok(run) => self.spawn(jobs, run),
+                Err(verdict) => self.concluded(jobs, verdict),
+            };
+        }
         let invocation = self.invocation(&jobs);
         let mut run = AssertUnwindSafe(jobs.handler().call(invocation)).catch_unwind();
         if self.admission.inline_cost.allows() {
@@ -264,6 +270,9 @@ impl Executor {
             // It may wait for long: not with a connection.
             return self.transaction(jobs, None).map(FutureExt::boxed);
         }
+        if jobs.handler().settles {
+            return self.settling(jobs).map(FutureExt::boxed);
+        }
         let run = AssertUnwindSafe(jobs.handler().call(self.invocation(jobs))).catch_unwind();
         Ok(in_time(jobs.handler().timeout, run).boxed())
     }
@@ -273,20 +282,10 @@ impl Executor {
         jobs: &Jobs,
         checkout: Option<Checkout>,
     ) -> Result<impl Future<Output = (Verdict, Option<Checkout>)> + Send + use<>, Verdict> {
-        let (Some(membership), Some(transactions)) = (&self.session.membership, &self.plan.transactions)
-        else {
+        let (Some(fence), Some(transactions)) = (self.fence(jobs), &self.plan.transactions) else {
             return Err(Verdict::from(Err(HandlerError::retry(
                 "a broadcast from memory has no Tx",
             ))));
-        };
-        let fence = Fence {
-            consumer: membership.consumer,
-            subscription: membership.subscription,
-            lanes: (jobs.lanes().into_iter())
-                .map(|lane| (lane, self.lanes.epoch(lane).unwrap_or(Epoch::OF_NOBODY)))
-                .collect(),
-            messages: jobs.iter().map(|job| (job.lane, job.offset)).collect(),
-            stored: jobs.first.stored,
         };
         let source = Source {
             share: transactions.share.clone(),
@@ -302,6 +301,39 @@ impl Executor {
         ))
     }
 
+    /// In a transaction of the handler's own.
+    fn settling(
+        &self,
+        jobs: &Jobs,
+    ) -> Result<impl Future<Output = (Verdict, Option<Checkout>)> + Send + use<>, Verdict> {
+        let Some(fence) = self.fence(jobs) else {
+            return Err(Verdict::from(Err(HandlerError::retry(
+                "a broadcast from memory has no Settlement",
+            ))));
+        };
+        let run = settlement::run_own(
+            self.plan.pool.clone(),
+            fence,
+            jobs.handler().clone(),
+            self.invocation(jobs),
+        );
+        Ok(run.map(|verdict| (verdict, None)))
+    }
+
+    /// `None` for a broadcast from memory.
+    fn fence(&self, jobs: &Jobs) -> Option<Fence> {
+        let membership = self.session.membership.as_ref()?;
+        Some(Fence {
+            consumer: membership.consumer,
+            subscription: membership.subscription,
+            lanes: (jobs.lanes().into_iter())
+                .map(|lane| (lane, self.lanes.epoch(lane).unwrap_or(Epoch::OF_NOBODY)))
+                .collect(),
+            messages: jobs.iter().map(|job| (job.lane, job.offset)).collect(),
+            stored: jobs.iter().any(|job| job.stored),
+        })
+    }
+
     pub(super) fn invocation(&self, jobs: &Jobs) -> Invocation {
         Invocation {
             topic: self.plan.topic.clone(),
@@ -311,6 +343,7 @@ impl Executor {
             attempt: jobs.first.attempt,
             states: self.plan.states.clone(),
             tx: None,
+            settlement: None,
             letter: None,
         }
     }
@@ -382,8 +415,8 @@ impl Executor {
             // Whether it committed is known only once the lane is claimed again, which shuts out a commit still on its way.
             Verdict::InDoubt(error) => {
                 warn!(
-                    group = %self.plan.group, topic = %self.plan.topic, offset, error,
-                    "lost the connection while committing; claiming the lane again to see what became of it"
+                    group = %self.plan.group, topic = %self.plan.topic, offset, %error,
+                    "it is not known whether the handler's transaction committed; claiming the lane again to see what became of it"
                 );
                 self.admission.breaker.inconclusive(offset);
                 self.doubt(&jobs, &error);

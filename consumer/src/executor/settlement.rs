@@ -2,15 +2,17 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use postbox_core::link::explain;
+use postbox::__private::{Bind, Query};
+use postbox_core::link::{explain, in_time};
+use sqlx::PgPool;
+use tracing::warn;
 
 use crate::connections::Share;
-use crate::connections::{Checkout, Committed, MARKED, Statements};
-use crate::extract::Invocation;
-use crate::extract::TxSource;
+use crate::connections::{Checkout, Committed, MARKED, ROUND_TRIP, Statements};
+use crate::extract::{Claim, Invocation, TxSource, Used};
 use crate::handler::router::Handler;
 use crate::ids::{ConsumerId, Epoch, Lane, SubscriptionId};
 use crate::outcome::HandlerError;
@@ -22,8 +24,8 @@ pub(crate) enum Verdict {
     Failed(HandlerError),
     /// The transaction could not begin, or was lost before its commit: the handler is not to blame.
     Unavailable(String),
-    /// The connection was lost during the commit.
-    InDoubt(String),
+    /// It may have committed: the connection was lost meanwhile, or it is the handler's own transaction. If it has not, it failed so.
+    InDoubt(HandlerError),
     /// The lane has another owner; nothing was committed.
     Stale,
 }
@@ -41,6 +43,43 @@ pub(crate) struct Fence {
 }
 
 impl Fence {
+    /// The last statement of a transaction that is the handler's own, which ends if it is idle for longer than such a handler runs.
+    fn query(&self, timeout: Duration) -> Query {
+        let sql = match self.stored {
+            true => SETTLE_STORED,
+            false => SETTLE,
+        };
+        let idle = timeout.saturating_add(Duration::from_secs(1)).as_millis();
+        let array = |numbers: String| format!("{{{numbers}}}");
+        let parameters = [
+            self.consumer.to_string(),
+            self.subscription.to_string(),
+            array(list(self.lanes.iter().map(|(lane, _)| lane))),
+            array(list(self.lanes.iter().map(|(_, epoch)| epoch))),
+            array(list(self.messages.iter().map(|(lane, _)| lane))),
+            array(list(self.messages.iter().map(|(_, offset)| offset))),
+            idle.min(i32::MAX as u128).to_string(),
+        ];
+        Query::new(
+            sql,
+            parameters
+                .into_iter()
+                .map(|text| Bind::Text(Some(text)))
+                .collect(),
+        )
+    }
+
+    /// Whether all of them are settled.
+    async fn is_settled(&self, pool: &PgPool) -> Result<bool, sqlx::Error> {
+        let (lanes, offsets): (Vec<Lane>, Vec<i64>) = self.messages.iter().copied().unzip();
+        let look = sqlx::query_scalar(IS_SETTLED)
+            .bind(self.subscription)
+            .bind(lanes)
+            .bind(offsets)
+            .fetch_one(pool);
+        in_time(ROUND_TRIP, "looking whether a message is settled", look).await
+    }
+
     /// The last statements of the transaction.
     fn statements(&self) -> Vec<String> {
         let Fence {
@@ -72,6 +111,22 @@ impl Fence {
         )]
     }
 }
+
+/// Numbers go as texts, which every client binds; the statement's text is always the same, for those who keep prepared ones.
+const SETTLE: &str = "SELECT postbox.settle_batch($1::pg_catalog.text::integer, $2::pg_catalog.text::integer, $3::pg_catalog.text::smallint[], $4::pg_catalog.text::integer[], \
+         $5::pg_catalog.text::smallint[], $6::pg_catalog.text::bigint[])::pg_catalog.text \
+         OPERATOR(pg_catalog.||) pg_catalog.set_config('idle_in_transaction_session_timeout', $7::pg_catalog.text, true) AS answer";
+
+/// Messages that failed before have rows, which go with the same commit.
+const SETTLE_STORED: &str = "WITH settled AS (DELETE FROM postbox.redelivery r \
+         WHERE r.subscription_id OPERATOR(pg_catalog.=) $2::pg_catalog.text::integer AND r.\"offset\" OPERATOR(pg_catalog.=) ANY ($6::pg_catalog.text::bigint[])) \
+     SELECT postbox.settle_batch($1::pg_catalog.text::integer, $2::pg_catalog.text::integer, $3::pg_catalog.text::smallint[], $4::pg_catalog.text::integer[], \
+         $5::pg_catalog.text::smallint[], $6::pg_catalog.text::bigint[])::pg_catalog.text \
+         OPERATOR(pg_catalog.||) pg_catalog.set_config('idle_in_transaction_session_timeout', $7::pg_catalog.text, true) AS answer";
+
+const IS_SETTLED: &str = "SELECT bool_and(EXISTS (SELECT FROM postbox.settlement s \
+         WHERE s.subscription_id = $1 AND s.lane = m.lane AND s.\"offset\" = m.\"offset\")) \
+     FROM unnest($2::smallint[], $3::bigint[]) AS m (lane, \"offset\")";
 
 fn list(numbers: impl Iterator<Item = impl ToString>) -> String {
     numbers
@@ -144,12 +199,12 @@ async fn commit(checkout: Checkout, fence: &Fence) -> (Verdict, Option<Checkout>
     let (error, checkout) = match checkout.commit(&fence.statements()).await {
         Committed::Yes(next) => return (Verdict::Settled, next),
         Committed::No(sqlx::Error::Database(error), checkout) => (error, checkout),
-        Committed::No(error, _) => return (Verdict::InDoubt(error.to_string()), None),
+        Committed::No(error, _) => return (Verdict::InDoubt(lost(&error)), None),
     };
     // The server answered, so nothing was committed; unless it says that it is going down.
     let verdict = match error.code().as_deref() {
         Some(STALE) => Verdict::Stale,
-        Some(code) if code.starts_with("57P") => Verdict::InDoubt(error.to_string()),
+        Some(code) if code.starts_with("57P") => Verdict::InDoubt(lost(&error)),
         // What it began instead is nobody's, and rolled back with the connection's return.
         Some(NO_TRANSACTION | ANOTHERS) => return (Verdict::Failed(ended(&"")), None),
         Some(ABORTED) => Verdict::Failed(HandlerError::retry(
@@ -160,6 +215,62 @@ async fn commit(checkout: Checkout, fence: &Fence) -> (Verdict, Option<Checkout>
     };
     (verdict, checkout.rolled_back().await.ok())
 }
+
+fn lost(error: &impl std::fmt::Display) -> HandlerError {
+    HandlerError::retry(format!(
+        "the connection was lost before the transaction was committed: {error}"
+    ))
+}
+
+/// Runs a handler that settles in a transaction of its own.
+pub(crate) async fn run_own(
+    pool: PgPool,
+    fence: Fence,
+    handler: Arc<Handler>,
+    mut invocation: Invocation,
+) -> Verdict {
+    let timeout = handler.timeout;
+    let claim = Claim::new(fence.query(timeout));
+    invocation.settlement = Some(claim.clone());
+    let run = AssertUnwindSafe(handler.call(invocation)).catch_unwind();
+    let outcome = match tokio::time::timeout(timeout, run).await {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(panic)) => Err(crate::outcome::panicked(panic)),
+        Err(_) => Err(timed_out(timeout)),
+    };
+    // From here on what is left of the handler cannot settle any more.
+    match (claim.close(), outcome) {
+        (Used::Not, Ok(())) => Verdict::Failed(HandlerError::dead_letter(FORGOTTEN)),
+        (Used::Not | Used::WithoutEffect, outcome) => Verdict::from(outcome),
+        (Used::Refused(Some(code), _), _) if code == STALE => Verdict::Stale,
+        // Nor can a transaction of which a statement failed.
+        (Used::Refused(_, why), Ok(())) => Verdict::Failed(HandlerError::retry(format!(
+            "the handler returned Ok although its message could not be settled: {why}"
+        ))),
+        (Used::Refused(..), Err(failure)) => Verdict::Failed(failure),
+        (Used::Perhaps, outcome) => match (fence.is_settled(&pool).await, outcome) {
+            (Ok(true), outcome) => {
+                if let Err(failure) = outcome {
+                    warn!(
+                        handler = handler.name, error = %failure,
+                        "the handler failed after its transaction had committed: the message is settled"
+                    );
+                }
+                Verdict::Settled
+            }
+            (_, Err(failure)) => Verdict::InDoubt(failure),
+            (Ok(false), Ok(())) => Verdict::InDoubt(HandlerError::retry(UNCOMMITTED)),
+            (Err(error), Ok(())) => Verdict::InDoubt(HandlerError::retry(format!(
+                "cannot see whether its transaction was committed: {}",
+                explain(&error)
+            ))),
+        },
+    }
+}
+
+/// Not again, as [`ended`].
+const FORGOTTEN: &str = "the handler returned Ok and has not settled its message: call settlement.settle(&mut tx) as the last statement of the transaction, or settlement.without_effect() where there is nothing to write; what it committed may happen again with another attempt, so there is none";
+const UNCOMMITTED: &str = "the handler returned Ok and the transaction in which its message was settled was not committed: commit it before returning";
 
 /// Not again, because an effect that the handler committed itself would happen again.
 fn ended(what: &impl std::fmt::Display) -> HandlerError {

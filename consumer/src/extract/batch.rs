@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Deref;
 
-use super::{Delivery, Extract, Invocation, Needs, State, Tx};
+use super::{Delivery, Extract, Invocation, Needs, Settlement, State, Tx};
 use crate::outcome::{Decision, HandlerError};
 
 /// The messages of one run of a handler: as many as are ready, up to the handler's `batch`, and at least one. `T` is what a handler of one message would
@@ -119,6 +119,7 @@ impl<T: Extract + Send> Extract for Batch<T> {
                 attempt: invocation.attempt,
                 states: invocation.states.clone(),
                 tx: None,
+                settlement: None,
                 letter: None,
             };
             let message = match T::extract(&mut one).await {
@@ -145,16 +146,18 @@ impl<T: Extract + Send> Extract for Batch<T> {
     }
 }
 
-/// What a handler may take beside a [`Batch`]: what is not of a single message. Implemented for [`Tx`] and [`State`]; implement it for an
+/// What a handler may take beside a [`Batch`]: what is not of a single message. Implemented for [`Tx`], [`Settlement`] and [`State`]; implement it for an
 /// extractor of your own that is the same for every message.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is of one message, and this handler takes batches",
     label = "not allowed beside `Batch<…>`",
-    note = "each item of a `Batch<…>` has its `message` and its `delivery`; beside it a handler takes `Tx` and `State<S>`"
+    note = "each item of a `Batch<…>` has its `message` and its `delivery`; beside it a handler takes `Tx` or `Settlement`, and `State<S>`"
 )]
 pub trait BesideBatch {}
 
 impl BesideBatch for Tx {}
+
+impl BesideBatch for Settlement {}
 
 impl<T> BesideBatch for Batch<T> {}
 

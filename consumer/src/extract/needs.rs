@@ -35,6 +35,7 @@ pub struct Needs {
     pub(crate) types: &'static [&'static str],
     pub(crate) states: [Option<fn() -> StateType>; MOST],
     pub(crate) transaction: bool,
+    pub(crate) settlement: bool,
     pub(crate) batch: bool,
     pub(crate) dead_letter: bool,
 }
@@ -46,12 +47,18 @@ impl Needs {
         types: &[],
         states: [None; MOST],
         transaction: false,
+        settlement: false,
         batch: false,
         dead_letter: false,
     };
 
     pub(crate) const TRANSACTION: Needs = Needs {
         transaction: true,
+        ..Needs::NOTHING
+    };
+
+    pub(crate) const SETTLEMENT: Needs = Needs {
+        settlement: true,
         ..Needs::NOTHING
     };
 
@@ -106,6 +113,7 @@ impl Needs {
             from += 1;
         }
         both.transaction |= other.transaction;
+        both.settlement |= other.settlement;
         both.batch |= other.batch;
         both.dead_letter |= other.dead_letter;
         both
@@ -120,6 +128,7 @@ impl std::fmt::Debug for Needs {
             .field("types", &self.types)
             .field("states", &states)
             .field("transaction", &self.transaction)
+            .field("settlement", &self.settlement)
             .field("batch", &self.batch)
             .field("dead_letter", &self.dead_letter)
             .finish()

@@ -24,6 +24,8 @@ pub(crate) struct Handler {
     pub(crate) timeout: std::time::Duration,
     pub(crate) retry: Retry,
     pub(crate) transactional: bool,
+    /// In a transaction of its own.
+    pub(crate) settles: bool,
     /// Most messages of one run.
     pub(crate) batch: usize,
     pub(crate) batch_wait: std::time::Duration,
@@ -41,6 +43,7 @@ impl Handler {
             timeout: definition.timeout,
             retry: definition.retry,
             transactional: definition.is_transactional(),
+            settles: definition.settles(),
             batch: definition.batch.unwrap_or(1),
             batch_wait: definition.batch_wait,
             expired: definition.expired,

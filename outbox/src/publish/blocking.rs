@@ -31,9 +31,9 @@ pub trait Publish: OpenTransaction {
     ///
     /// A message that is refused, which leaves the transaction usable; else [`Error::Database`](crate::Error::Database).
     fn publish(&mut self, message: impl Into<Outgoing>) -> Result<MessageId> {
-        let statement = message.into().statement()?;
-        let id = statement.id();
-        self.run(Query::from(statement))?.id_or(id)
+        let message = message.into().validate()?;
+        let id = message.id;
+        self.run(message.into_query())?.id_or(id)
     }
 
     /// As [`Publish::publish_all`](crate::Publish::publish_all).

@@ -10,7 +10,6 @@ use crate::cron::register::instant_of;
 use crate::error::{DatabaseError, Error, Result};
 use crate::id::MessageId;
 use crate::outgoing::{DEFAULT_DEDUP_WINDOW, Valid, When};
-use crate::statement::{Parameter, Statement};
 
 /// What is bound to a parameter, all of which any client can.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -352,15 +351,15 @@ impl Valid {
         !self.ordered && !self.is_special()
     }
 
-    /// One statement that publishes it.
-    pub(crate) fn into_statement(self) -> Statement {
+    /// One statement that publishes it. Where that needs more than an append, its answer is the id.
+    pub(crate) fn into_query(self) -> Query {
         let mut parameters = vec![
-            Parameter::Text(id(&self)),
-            Parameter::Text(Some(self.topic.to_string())),
-            Parameter::Text(message_type(&self)),
-            Parameter::Text(key(&self)),
-            Parameter::Text(headers(&self)),
-            Parameter::Text(content_type(&self)),
+            Bind::Text(id(&self)),
+            Bind::text(self.topic.as_ref()),
+            Bind::Text(message_type(&self)),
+            Bind::Text(key(&self)),
+            Bind::Text(headers(&self)),
+            Bind::Text(content_type(&self)),
         ];
         let sql = match self.is_plain() {
             true => INSERT,
@@ -369,21 +368,21 @@ impl Valid {
                 PUBLISH
             }
         };
-        parameters.push(Parameter::Bytes(self.payload));
-        Statement::new(self.id, sql, parameters)
+        parameters.push(Bind::Bytes(self.payload));
+        Query::new(sql, parameters)
     }
 }
 
 /// From the deduplication key on.
-fn special(message: &Valid) -> [Parameter; 7] {
+fn special(message: &Valid) -> [Bind; 7] {
     let dedup = message.dedup.as_ref();
     let window = dedup.map_or(DEFAULT_DEDUP_WINDOW, |dedup| dedup.window);
-    let at = |when: Option<When>| Parameter::Text(when.and_then(When::at).map(instant));
-    let span = |when: Option<When>| Parameter::Text(when.and_then(When::span).map(interval));
+    let at = |when: Option<When>| Bind::Text(when.and_then(When::at).map(instant));
+    let span = |when: Option<When>| Bind::Text(when.and_then(When::span).map(interval));
     [
-        Parameter::Text(dedup.map(|dedup| dedup.key.clone())),
-        Parameter::Text(Some(interval(window))),
-        Parameter::Text(Some(message.ordered.to_string())),
+        Bind::Text(dedup.map(|dedup| dedup.key.clone())),
+        Bind::text(interval(window)),
+        Bind::text(message.ordered.to_string()),
         at(message.due),
         span(message.due),
         at(message.expiry),
@@ -447,7 +446,7 @@ mod tests {
                 .delay(Duration::from_secs(1))
                 .ordered()
         };
-        let alone = [plain(), special()].map(|m| Query::from(valid(m).into_statement()));
+        let alone = [plain(), special()].map(|m| valid(m).into_query());
         let batches = [
             vec![plain(), plain()],
             vec![plain(), Outgoing::json("orders", &1)],
