@@ -12,6 +12,7 @@ mod order;
 mod pace;
 mod postpone;
 mod replay;
+mod settlement;
 mod tx;
 
 #[path = "../role/mod.rs"]

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use postbox_consumer::{Consumer, Delivery, HandlerError, Json, State, Tx, handler, handlers};
+use postbox::__private::Transaction;
+use postbox_consumer::{Consumer, Delivery, HandlerError, Json, Settlement, State, Tx, handler, handlers};
+use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::chance;
@@ -99,10 +101,10 @@ async fn effects(
 async fn newer_effects(
     Json(step): Json<Step>,
     delivery: Delivery,
-    tx: Tx,
+    settlement: Settlement,
     State(instance): State<Instance>,
 ) -> Result<(), HandlerError> {
-    instance.effects(&step, &delivery, tx).await
+    instance.settled_effects(&step, &delivery, settlement).await
 }
 
 #[handler(
@@ -154,6 +156,7 @@ struct Instance {
     name: Arc<str>,
     seed: u64,
     log: Log,
+    pool: PgPool,
     calm: Arc<AtomicBool>,
     /// When the process aborts in a handler; 0: never.
     abort_at: u64,
@@ -173,6 +176,7 @@ impl Instance {
             name: args.name.as_str().into(),
             seed: args.seed,
             log: role.log.clone(),
+            pool: role.pool.clone(),
             calm,
             abort_at,
             throws: Arc::new(AtomicU64::new(rng.u64(..))),
@@ -197,6 +201,39 @@ impl Instance {
             .execute(&mut *tx)
             .await?;
         self.suffer(EFFECTS, delivery, Harshness::Full).await?;
+        run.end(Outcome::Ok);
+        Ok(())
+    }
+
+    /// The same in a transaction that is not the consumer's. What goes wrong may do so before it settles, and between that and its commit.
+    async fn settled_effects(
+        &self,
+        step: &Step,
+        delivery: &Delivery,
+        settlement: Settlement,
+    ) -> Result<(), HandlerError> {
+        let run = self.begin(EFFECTS, delivery, &step.key, step.n);
+        // Not sqlx's, which leaves its transaction in the pool where it is dropped while it begins.
+        let mut tx =
+            Transaction::begin(&self.pool, "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE").await?;
+        sqlx::query(ADD_EFFECT)
+            .bind(delivery.id.as_uuid())
+            .bind(&step.key)
+            .bind(step.n)
+            .bind(&*self.name)
+            .execute(&mut *tx)
+            .await?;
+        match step.n % 2 {
+            0 => {
+                self.suffer(EFFECTS, delivery, Harshness::Full).await?;
+                settlement.settle(&mut tx).await?;
+            }
+            _ => {
+                settlement.settle(&mut tx).await?;
+                self.suffer(EFFECTS, delivery, Harshness::Full).await?;
+            }
+        }
+        tx.commit().await?;
         run.end(Outcome::Ok);
         Ok(())
     }

@@ -29,7 +29,7 @@ pub(crate) const LEDGER_KEY: &str = "(ledger)";
 
 /// Whose handlers have effects elsewhere: at least once.
 pub(crate) const PLAIN: &str = "plain";
-/// Whose handlers take a `Tx`: exactly once.
+/// Whose handlers take a `Tx`, or a `Settlement` for the newer type: exactly once.
 pub(crate) const EFFECTS: &str = "effects";
 /// The group on the strict topic.
 pub(crate) const STRICT: &str = "strict";
