@@ -327,6 +327,34 @@ async fn what_goes_on_after_its_time_out_cannot_settle_beside_the_next_attempt()
     assert_eq!(bench.number("SELECT count(*) FROM effect").await, 1);
 }
 
+const SLOW_COMMIT: &str = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(2); RETURN NULL; END $$; \
+    CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON effect DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()";
+
+#[handler(group = "slow", timeout = "500ms", retry(backoff = "fixed(10ms)"))]
+async fn slow(step: Step, settlement: Settlement, State(Own(pool)): State<Own>) -> Result<(), HandlerError> {
+    let mut tx = pool.begin().await?;
+    write(&mut tx, &step).await?;
+    settlement.settle(&mut tx).await?;
+    // As a thread of a blocking client, which the time-out does not end either.
+    tokio::spawn(async move { tx.commit().await }).await??;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_is_under_way_when_the_run_ends_is_waited_for() {
+    let bench = bench().await;
+    bench.sql(TABLES).await;
+    bench.sql(SLOW_COMMIT).await;
+    let consumer = bench
+        .consumer(handlers![slow])
+        .state(Own(bench.db.connect_pool(4)));
+    let consumer = consumer.start().await.unwrap();
+    publish_steps(bench.db.pool(), &[step("k", 0)]).await;
+    settled(bench.db.pool(), "slow").await;
+    assert_eq!(bench.number("SELECT count(*) FROM effect").await, 1);
+    assert_eq!(consumer.stats()[0].failed, 0, "it has committed");
+}
+
 #[handler(group = "batches", batch = 20, retry(backoff = "fixed(10ms)"))]
 async fn batches(
     batch: Batch<Step>,

@@ -1,4 +1,4 @@
-use postbox_consumer::{Batch, BatchResult, Delivery, Failures, Raw, Tx, handler};
+use postbox_consumer::{Batch, BatchResult, Delivery, Failures, Raw, Settlement, Tx, handler};
 
 #[handler(group = "search", topic = "orders")]
 async fn without_a_size(_orders: Batch<Raw>) {}
@@ -22,6 +22,14 @@ async fn none_at_once(_orders: Batch<Raw>) {}
 async fn partly_in_a_transaction(_orders: Batch<Raw>, _tx: Tx) -> BatchResult {
     Ok(Failures::none())
 }
+
+#[handler(group = "search", topic = "orders", batch = 500)]
+async fn partly_settled(_orders: Batch<Raw>, _settlement: Settlement) -> BatchResult {
+    Ok(Failures::none())
+}
+
+#[handler(group = "search", topic = "orders")]
+async fn settled_twice(_order: Raw, _tx: Tx, _settlement: Settlement) {}
 
 #[handler(group = "search", topic = "orders")]
 async fn partly_of_one(_order: Raw) -> BatchResult {
