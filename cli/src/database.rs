@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use postbox_core::link;
+use postbox_core::{link, url};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, PgPool};
 
-use crate::url;
 use crate::usage::wrong_usage;
 
 #[derive(Debug, clap::Args)]

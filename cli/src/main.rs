@@ -23,7 +23,6 @@ mod span;
 mod status;
 mod subscriptions;
 mod table;
-mod url;
 mod usage;
 
 use std::io::IsTerminal;

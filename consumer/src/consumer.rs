@@ -10,6 +10,7 @@ use postbox::MAX_NAME;
 use postbox_core::link;
 use postbox_core::restarts::panic_text;
 use postbox_core::text;
+use postbox_core::url;
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 use tokio::sync::{oneshot, watch};
@@ -63,6 +64,9 @@ pub struct Consumer {
     settings: Settings,
 }
 
+/// For the looks of handlers at their settlements, and hooks.
+const OWN_CONNECTIONS: u32 = 4;
+
 impl Consumer {
     /// A consumer on this database. `pool` serves transactional handlers, and says how to connect.
     ///
@@ -88,6 +92,23 @@ impl Consumer {
                 tx_pool: None,
                 unknown_types: UnknownType::default(),
             },
+        }
+    }
+
+    /// A consumer on the database of this URL, with a pool of its own of four connections: for a service that has none of sqlx 0.9, and whose handlers settle in
+    /// their own transactions ([`Settlement`](crate::Settlement)) or need none. It connects when it starts.
+    ///
+    /// # Errors
+    ///
+    /// The URL is not of the form `postgres://user:password@host:5432/name`, or it names several servers.
+    pub fn connect(url: &str) -> Result<Self, Error> {
+        let mut servers = url::servers(url).map_err(Error::Url)?;
+        match (servers.pop(), servers.is_empty()) {
+            (Some(options), true) => Ok(Self::new(link::pool(options, OWN_CONNECTIONS, ""))),
+            _ => Err(Error::Url(
+                "it names several servers, of which a pool that you make must choose: use Consumer::new"
+                    .to_owned(),
+            )),
         }
     }
 

@@ -7,6 +7,9 @@ pub enum Error {
     /// The schema or the database.
     #[error(transparent)]
     Postbox(#[from] postbox::Error),
+    /// A database URL that cannot be used.
+    #[error("the database URL is not of the form postgres://user:password@host:5432/name: {0}")]
+    Url(String),
     /// No handler was registered.
     #[error("the consumer has no handlers: register them with Consumer::handlers(handlers![…])")]
     NoHandlers,

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use futures_util::FutureExt;
 use postbox::log::StoredMessage;
-use postbox_core::restarts::Restarts;
+use postbox_core::restarts::{Restarts, say};
 use serde::Deserialize;
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
@@ -305,7 +305,9 @@ impl Session {
         };
         let plan = &process.subscriptions[service.n].plan;
         let Some(wait) = service.restarts.next_wait() else {
-            error!(group = %plan.group, topic = %plan.topic, why, "the executor panics again and again: the consumer ends");
+            say(|| {
+                error!(group = %plan.group, topic = %plan.topic, why, "the executor panics again and again: the consumer ends");
+            });
             let why = format!(
                 "the executor of group {} on topic {} panics again and again, the last time with: {why}",
                 plan.group, plan.topic
@@ -313,10 +315,12 @@ impl Session {
             self.broken = Some(why.clone());
             return Err(Lost::from(why));
         };
-        error!(
-            group = %plan.group, topic = %plan.topic, why, ?wait,
-            "the executor panicked: its handlers were cancelled; starting another one"
-        );
+        say(|| {
+            error!(
+                group = %plan.group, topic = %plan.topic, why, ?wait,
+                "the executor panicked: its handlers were cancelled; starting another one"
+            );
+        });
         let membership = Membership {
             consumer: self.id,
             subscription,

@@ -11,6 +11,7 @@ pub mod restarts;
 pub mod seal;
 mod settings;
 pub mod text;
+pub mod url;
 mod window;
 
 pub use window::{DailyWindow, WindowError};

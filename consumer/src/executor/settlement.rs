@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use postbox::__private::{Bind, Query};
 use postbox_core::link::{explain, in_time};
+use postbox_core::restarts::say;
 use sqlx::PgPool;
 use tracing::warn;
 
@@ -251,10 +252,12 @@ pub(crate) async fn run_own(
         (Used::Perhaps, outcome) => match (fence.is_settled(&pool).await, outcome) {
             (Ok(true), outcome) => {
                 if let Err(failure) = outcome {
-                    warn!(
-                        handler = handler.name, error = %failure,
-                        "the handler failed after its transaction had committed: the message is settled"
-                    );
+                    say(|| {
+                        warn!(
+                            handler = handler.name, error = %failure,
+                            "the handler failed after its transaction had committed: the message is settled"
+                        );
+                    });
                 }
                 Verdict::Settled
             }

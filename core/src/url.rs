@@ -4,7 +4,7 @@ use sqlx::postgres::PgConnectOptions;
 
 /// The servers that a URL names, in its order; several are tried one after another, as libpq does:
 /// `postgres://user:password@one:5432,two:5432/name`.
-pub(crate) fn servers(url: &str) -> Result<Vec<PgConnectOptions>, String> {
+pub fn servers(url: &str) -> Result<Vec<PgConnectOptions>, String> {
     let (scheme, rest) = url
         .split_once("://")
         .ok_or("it does not begin with postgres://")?;
