@@ -1,4 +1,4 @@
-//! The SQL and shell blocks of the guide, run page by page: each page on a database of its own, in the order in which it is read. And what
+//! The SQL, shell, Python and Node blocks of the guide, run page by page: each page on a database of its own, in the order in which it is read. And what
 //! the documents name is there.
 #![allow(clippy::unwrap_used)] // Clippy allows it in test functions, and here what they call is as much a test.
 
@@ -44,7 +44,7 @@ fn blocks(page: &str) -> Vec<(usize, &str, String)> {
             .map(|(_, line)| line)
             .take_while(|line| *line != "```")
             .collect();
-        if language == "sql" || language == "sh" {
+        if ["sql", "sh", "python", "js"].contains(&language) {
             found.push((number + 1, language, body.join("\n")));
         }
     }
@@ -59,6 +59,46 @@ impl Drop for Background {
         if let Some(group) = self.0.and_then(rustix::process::Pid::from_raw) {
             let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
         }
+    }
+}
+
+/// What runs a block of these languages: with psycopg 3, or with pg. Where a machine has neither, its blocks are left out, unless they are asked for by
+/// `POSTBOX_GUIDE_LANGUAGES=all`, as CI does.
+fn interpreter(language: &str) -> Option<Command> {
+    let works = |program: &str, arguments: [&str; 2]| {
+        let answer = Command::new(program)
+            .args(arguments)
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .status();
+        answer.is_ok_and(|status| status.success())
+    };
+    let (programs, look, run): (&[&str], _, _) = match language {
+        "python" => (&["python3", "/usr/bin/python3"], "import psycopg", "-c"),
+        _ => (&["node"], "require('pg')", "-e"),
+    };
+    let found = programs.iter().find(|program| works(program, [run, look]));
+    if found.is_none() {
+        let asked_for = std::env::var("POSTBOX_GUIDE_LANGUAGES").is_ok_and(|all| all == "all");
+        assert!(!asked_for, "there is no {programs:?} here that can {look}");
+        eprintln!("left out: the guide's blocks in {language}, since nothing of {programs:?} can {look}");
+    }
+    found.map(|program| {
+        let mut command = Command::new(program);
+        command.arg(run);
+        command
+    })
+}
+
+fn run_by(mut interpreter: Command, db: &TestDatabase, script: &str) -> Result<(), String> {
+    let output = interpreter
+        .arg(script)
+        .env("DATABASE_URL", db.url())
+        .output()
+        .map_err(|error| error.to_string())?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
     }
 }
 
@@ -110,6 +150,15 @@ async fn every_sql_and_shell_block_of_the_guide_does_what_it_says() {
                     .await
                     .map(drop)
                     .map_err(|error| error.to_string()),
+                "python" | "js" => match interpreter(language) {
+                    Some(interpreter) => run_by(interpreter, &db, &body),
+                    // What comes after it counts on its message.
+                    None => sqlx::raw_sql("SELECT postbox.publish(topic => 'orders', key => '1', payload => '{}')")
+                        .execute(db.pool())
+                        .await
+                        .map(drop)
+                        .map_err(|error| error.to_string()),
+                },
                 _ => {
                     let (result, background) = run_in_shell(&db, &body);
                     left_running.push(background);

@@ -9,6 +9,7 @@ macro_rules! pages {
 pages! {
     getting_started "getting-started.md",
     publishing "publishing.md",
+    other_languages "other-languages.md",
     handlers "handlers.md",
     failure "failure.md",
     time "time.md",

@@ -25,7 +25,7 @@ struct OrderPlaced {
 }
 
 /// What diesel's own PgConnection is, without libpq.
-type Connection = AsyncConnectionWrapper<AsyncPgConnection>;
+type Client = AsyncConnectionWrapper<AsyncPgConnection>;
 
 #[derive(QueryableByName)]
 struct Number {
@@ -33,7 +33,7 @@ struct Number {
     number: i64,
 }
 
-fn number(connection: &mut Connection, sql: &str) -> anyhow::Result<i64> {
+fn number(connection: &mut Client, sql: &str) -> anyhow::Result<i64> {
     Ok(sql_query(sql).get_result::<Number>(connection)?.number)
 }
 
@@ -48,7 +48,7 @@ struct Shop {
 async fn charge(order: OrderPlaced, settlement: Settlement, State(shop): State<Shop>) -> Result<(), HandlerError> {
     let run = shop.runs.fetch_add(1, Ordering::Relaxed);
     tokio::task::spawn_blocking(move || {
-        let mut connection = Connection::establish(&shop.url)?;
+        let mut connection = Client::establish(&shop.url)?;
         connection.transaction(|connection| {
             sql_query("INSERT INTO charge (order_id) VALUES ($1)")
                 .bind::<BigInt, _>(order.order_id)
@@ -72,7 +72,7 @@ async fn charge(order: OrderPlaced, settlement: Settlement, State(shop): State<S
 
 /// Of each two transactions one is rolled back.
 fn place_orders(url: &str) -> anyhow::Result<()> {
-    let mut connection = Connection::establish(url)?;
+    let mut connection = Client::establish(url)?;
     for order_id in 0..2 * ORDERS {
         let placed = connection.transaction::<_, anyhow::Error, _>(|connection| {
             sql_query("INSERT INTO placed VALUES ($1)").bind::<BigInt, _>(order_id).execute(connection)?;
@@ -89,7 +89,7 @@ fn place_orders(url: &str) -> anyhow::Result<()> {
 
 /// Waits until all orders are charged, and looks whether each was once.
 fn verify(url: &str) -> anyhow::Result<()> {
-    let mut connection = Connection::establish(url)?;
+    let mut connection = Client::establish(url)?;
     let done = "SELECT count(*) AS number FROM charge";
     for _ in 0..600 {
         if number(&mut connection, done)? >= ORDERS {
@@ -110,7 +110,7 @@ async fn main() -> anyhow::Result<()> {
     let url: Arc<str> = db.url().into();
     let of = url.clone();
     tokio::task::spawn_blocking(move || {
-        let mut connection = Connection::establish(&of)?;
+        let mut connection = Client::establish(&of)?;
         sql_query("CREATE TABLE placed (order_id bigint PRIMARY KEY)").execute(&mut connection)?;
         sql_query("CREATE TABLE charge (order_id bigint)").execute(&mut connection)?;
         anyhow::Ok(())

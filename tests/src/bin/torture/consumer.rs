@@ -233,8 +233,9 @@ impl Instance {
                 self.suffer(EFFECTS, delivery, Harshness::Full).await?;
             }
         }
-        tx.commit().await?;
+        // Before the commit, as with a `Tx`: whether that was made, the effects say.
         run.end(Outcome::Ok);
+        tx.commit().await?;
         Ok(())
     }
 
