@@ -16,6 +16,8 @@
 //!
 //! What goes for any connection is here; diesel-async's is a [`postbox::Publish`](crate::Publish) by itself.
 
+use std::fmt;
+
 use diesel::connection::{Connection, LoadConnection, TransactionManager, TransactionManagerStatus};
 use diesel::deserialize::{self, QueryableByName};
 use diesel::pg::Pg;
@@ -39,8 +41,14 @@ use crate::publish::{Answer, Bind, Query};
 /// sent as SQL is none, since diesel does not know of it.)
 ///
 /// It is what [`blocking::Publish`] is implemented for; [`Publish`] makes one for each call.
-#[derive(Debug)]
 pub struct InTransaction<'a, C>(&'a mut C);
+
+/// Not derived: diesel's connections have none.
+impl<C> fmt::Debug for InTransaction<'_, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("InTransaction").finish_non_exhaustive()
+    }
+}
 
 impl<'a, C: Connection<Backend = Pg>> InTransaction<'a, C> {
     /// Costs no round trip.
