@@ -25,7 +25,8 @@ const BATCHES: usize = 30;
 const BATCH: usize = 100;
 
 /// As one writes it with a client that binds PostgreSQL's types.
-const INSERT: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers, payload) VALUES ($1, $2, $3, $4, $5, $6)";
+const INSERT: &str =
+    "INSERT INTO postbox.outbox (id, topic, type, key, headers, payload) VALUES ($1, $2, $3, $4, $5, $6)";
 const INSERT_ALL: &str = "INSERT INTO postbox.outbox (id, topic, type, key, headers, payload) \
      SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::bytea[])";
 
@@ -57,7 +58,10 @@ fn content(n: usize) -> Value {
 }
 
 fn message(n: usize) -> Outgoing {
-    Outgoing::json(TOPIC, &content(n)).message_type(TYPE).key(n.to_string()).header("tenant", "acme")
+    Outgoing::json(TOPIC, &content(n))
+        .message_type(TYPE)
+        .key(n.to_string())
+        .header("tenant", "acme")
 }
 
 fn columns(n: usize) -> Columns {
@@ -187,8 +191,14 @@ macro_rules! with_parameters {
             Work::Batch => {
                 let rows = batch();
                 let $sql = INSERT_ALL;
-                let $parameters: &[&(dyn ToSql + Sync)] =
-                    &[&rows.ids, &rows.topics, &rows.types, &rows.keys, &rows.headers, &rows.payloads];
+                let $parameters: &[&(dyn ToSql + Sync)] = &[
+                    &rows.ids,
+                    &rows.topics,
+                    &rows.types,
+                    &rows.keys,
+                    &rows.headers,
+                    &rows.payloads,
+                ];
                 $execute
             }
         }
@@ -219,7 +229,11 @@ impl Contender for TokioPostgres {
 }
 
 /// By hand as one does where it counts: prepared once.
-struct Prepared(tokio_postgres::Client, tokio_postgres::Statement, tokio_postgres::Statement);
+struct Prepared(
+    tokio_postgres::Client,
+    tokio_postgres::Statement,
+    tokio_postgres::Statement,
+);
 
 impl Contender for Prepared {
     fn name(&self) -> &'static str {
@@ -459,7 +473,9 @@ impl Contender for SeaOrmRaw {
                         }
                         Work::Batch => {
                             let rows = batch();
-                            let texts = |texts: Vec<&str>| texts.into_iter().map(str::to_owned).collect::<Vec<String>>();
+                            let texts = |texts: Vec<&str>| {
+                                texts.into_iter().map(str::to_owned).collect::<Vec<String>>()
+                            };
                             let values = vec![
                                 rows.ids.into(),
                                 texts(rows.topics).into(),
@@ -494,16 +510,25 @@ async fn sea_orm_connection(db: &TestDatabase) -> sea_orm::DatabaseConnection {
 
 async fn contenders(db: &TestDatabase) -> Vec<Box<dyn Contender>> {
     let prepared = tokio_postgres_client(db).await;
-    let (one, all) = (prepared.prepare(INSERT).await.unwrap(), prepared.prepare(INSERT_ALL).await.unwrap());
+    let (one, all) = (
+        prepared.prepare(INSERT).await.unwrap(),
+        prepared.prepare(INSERT_ALL).await.unwrap(),
+    );
     let manager = deadpool_postgres::Manager::new(db.url().parse().unwrap(), NoTls);
     vec![
         Box::new(Sqlx(sqlx::PgPool::connect(db.url()).await.unwrap())),
         Box::new(Sqlx08(sqlx_0_8::PgPool::connect(db.url()).await.unwrap())),
         Box::new(TokioPostgres(tokio_postgres_client(db).await)),
         Box::new(Prepared(prepared, one, all)),
-        Box::new(Deadpool(deadpool_postgres::Pool::builder(manager).build().unwrap())),
-        Box::new(Postgres(Some(blocking(|| postgres::Client::connect(db.url(), NoTls).unwrap())))),
-        Box::new(Diesel(AsyncPgConnection::establish(db.url()).await.unwrap().into())),
+        Box::new(Deadpool(
+            deadpool_postgres::Pool::builder(manager).build().unwrap(),
+        )),
+        Box::new(Postgres(Some(blocking(|| {
+            postgres::Client::connect(db.url(), NoTls).unwrap()
+        })))),
+        Box::new(Diesel(
+            AsyncPgConnection::establish(db.url()).await.unwrap().into(),
+        )),
         Box::new(DieselAsync(AsyncPgConnection::establish(db.url()).await.unwrap())),
         Box::new(SeaOrm(sea_orm_connection(db).await)),
         Box::new(SeaOrmRaw(sea_orm_connection(db).await)),
@@ -537,14 +562,22 @@ fn row(times: &Times) -> String {
 #[tokio::main]
 async fn main() {
     // `cargo test --benches` passes nothing; it only looks whether this builds and starts.
-    let rounds = if std::env::args().any(|argument| argument == "--bench") { ROUNDS } else { 1 };
+    let rounds = if std::env::args().any(|argument| argument == "--bench") {
+        ROUNDS
+    } else {
+        1
+    };
     let db = TestDatabase::new().await.unwrap();
     let mut contenders = contenders(&db).await;
     let mut times: Vec<[Times; 2]> = contenders.iter().map(|_| Default::default()).collect();
     for round in 0..=rounds {
         for (contender, times) in contenders.iter_mut().zip(&mut times) {
             for (batches, times) in [false, true].into_iter().zip(times) {
-                let order = if round % 2 == 0 { [By::Postbox, By::Hand] } else { [By::Hand, By::Postbox] };
+                let order = if round % 2 == 0 {
+                    [By::Postbox, By::Hand]
+                } else {
+                    [By::Hand, By::Postbox]
+                };
                 let mut took = [Duration::ZERO; 2];
                 for by in order {
                     took[usize::from(by == By::Hand)] = time(contender.as_mut(), by, batches).await;
@@ -556,7 +589,10 @@ async fn main() {
                 }
             }
         }
-        sqlx::raw_sql("TRUNCATE postbox.outbox").execute(db.pool()).await.unwrap();
+        sqlx::raw_sql("TRUNCATE postbox.outbox")
+            .execute(db.pool())
+            .await
+            .unwrap();
     }
     println!("Microseconds a transaction, medians of {rounds} rounds; a batch has {BATCH} messages.\n");
     println!("{:<36} {:>24}   {:>24}", "", "one message", "a batch");

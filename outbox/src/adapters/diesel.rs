@@ -140,12 +140,13 @@ impl QueryFragment<Pg> for Bound {
         for piece in pieces {
             let end = piece.find(|c: char| !c.is_ascii_digit()).unwrap_or(piece.len());
             let (number, rest) = piece.split_at(end);
-            let number: usize = number.parse().map_err(|error| Refused(Box::new(error)))?;
-            match &self.0.parameters[number - 1] {
-                Bind::Text(text) => out.push_bind_param::<Nullable<Text>, _>(text)?,
-                Bind::Bytes(bytes) => out.push_bind_param::<Binary, _>(bytes)?,
-                Bind::Texts(texts) => out.push_bind_param::<Array<Nullable<Text>>, _>(texts)?,
-                Bind::Blobs(blobs) => out.push_bind_param::<Array<Binary>, _>(blobs)?,
+            let number = number.parse().ok().and_then(|n: usize| n.checked_sub(1));
+            match number.and_then(|n| self.0.parameters.get(n)) {
+                None => return Err(Refused("a parameter without a value".into())),
+                Some(Bind::Text(text)) => out.push_bind_param::<Nullable<Text>, _>(text)?,
+                Some(Bind::Bytes(bytes)) => out.push_bind_param::<Binary, _>(bytes)?,
+                Some(Bind::Texts(texts)) => out.push_bind_param::<Array<Nullable<Text>>, _>(texts)?,
+                Some(Bind::Blobs(blobs)) => out.push_bind_param::<Array<Binary>, _>(blobs)?,
             }
             out.push_sql(rest);
         }

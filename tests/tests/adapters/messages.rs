@@ -104,7 +104,9 @@ pub(crate) fn mixed(n: usize) -> Outgoing {
         message = message.key(hostile(n));
     }
     if n.is_multiple_of(5) {
-        message = message.header("tenant", hostile(n)).header("NULL", hostile(n / 5));
+        message = message
+            .header("tenant", hostile(n))
+            .header("NULL", hostile(n / 5));
     }
     if n.is_multiple_of(7) {
         message = message.message_type("null");

@@ -56,7 +56,13 @@ pub(crate) struct Paused {
 pub(crate) fn pause() -> (Pause, Paused) {
     let ((reached, is_reached), (go, may_go)) = (oneshot::channel(), oneshot::channel());
     let pause = Pause { reached, go: may_go };
-    (pause, Paused { reached: is_reached, go })
+    (
+        pause,
+        Paused {
+            reached: is_reached,
+            go,
+        },
+    )
 }
 
 impl Paused {
@@ -163,10 +169,15 @@ pub(crate) struct Blocking<C: Send + 'static>(Option<C>);
 
 impl<C: Send + 'static> Blocking<C> {
     pub(crate) async fn connect(connect: impl FnOnce() -> C + Send + 'static) -> Self {
-        Self(Some(tokio::task::spawn_blocking(connect).await.expect("connected")))
+        Self(Some(
+            tokio::task::spawn_blocking(connect).await.expect("connected"),
+        ))
     }
 
-    pub(crate) async fn with<R: Send + 'static>(&mut self, work: impl FnOnce(&mut C) -> R + Send + 'static) -> R {
+    pub(crate) async fn with<R: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut C) -> R + Send + 'static,
+    ) -> R {
         let mut client = self.0.take().expect("it is there between two runs");
         let worked = tokio::task::spawn_blocking(move || (work(&mut client), client));
         let (result, client) = worked.await.expect("no panic");
@@ -218,7 +229,10 @@ pub(crate) fn is_rolled_back(end: End, ended: Result<()>) -> Result<()> {
     match ended {
         Err(Error::Database(error))
             if end == End::Rollback
-                && matches!(error.downcast_ref(), Some(::diesel::result::Error::RollbackTransaction)) =>
+                && matches!(
+                    error.downcast_ref(),
+                    Some(::diesel::result::Error::RollbackTransaction)
+                ) =>
         {
             Ok(())
         }

@@ -106,7 +106,11 @@ const ROWS: &str = "SELECT coalesce(to_jsonb(o) - '{id,slot,seq,xid,published_at
 
 async fn rows(pool: &PgPool, ids: &[MessageId]) -> Vec<Row> {
     let ids: Vec<Uuid> = ids.iter().map(|id| id.as_uuid()).collect();
-    sqlx::query_as(ROWS).bind(ids).fetch_all(pool).await.expect("they are stored")
+    sqlx::query_as(ROWS)
+        .bind(ids)
+        .fetch_all(pool)
+        .await
+        .expect("they are stored")
 }
 
 /// Instants are exact; what counts from now is the same but for the time between the two.
@@ -123,8 +127,18 @@ async fn are_written_alike(pool: &PgPool, ours: &[MessageId], theirs: &[MessageI
     assert_eq!(ours.len(), theirs.len(), "{what}");
     for (n, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
         assert_eq!(theirs.0, ours.0, "{what}, {n}");
-        assert!(is_about(ours.1, theirs.1), "{what}, {n}: due {:?}, {:?}", ours.1, theirs.1);
-        assert!(is_about(ours.2, theirs.2), "{what}, {n}: ends {:?}, {:?}", ours.2, theirs.2);
+        assert!(
+            is_about(ours.1, theirs.1),
+            "{what}, {n}: due {:?}, {:?}",
+            ours.1,
+            theirs.1
+        );
+        assert!(
+            is_about(ours.2, theirs.2),
+            "{what}, {n}: ends {:?}, {:?}",
+            ours.2,
+            theirs.2
+        );
         let lives = |row: &Row| Some(row.2? - row.1?);
         assert_eq!(lives(theirs), lives(ours), "{what}, {n}");
     }
@@ -153,9 +167,15 @@ pub(crate) async fn what_is_committed_is_there_and_what_is_rolled_back_is_not<C:
         vec![
             Step::Sql("CREATE TABLE IF NOT EXISTS orders (n bigint); INSERT INTO orders VALUES (1)"),
             Step::Publish(json(1)),
-            Step::Savepoint(vec![Step::Publish(json(2)), Step::PublishAll(vec![json(3)])], End::Commit),
             Step::Savepoint(
-                vec![Step::Publish(json(4)), Step::PublishAll(vec![json(5).delay(PATIENCE)])],
+                vec![Step::Publish(json(2)), Step::PublishAll(vec![json(3)])],
+                End::Commit,
+            ),
+            Step::Savepoint(
+                vec![
+                    Step::Publish(json(4)),
+                    Step::PublishAll(vec![json(5).delay(PATIENCE)]),
+                ],
                 End::Rollback,
             ),
             Step::Publish(json(6)),
@@ -204,7 +224,11 @@ pub(crate) async fn a_batch_of_hostile_messages_arrives_whole_and_in_its_order<C
         let what = format!("{} messages", messages.len());
         let ours = published(db.pool(), messages).await;
         let theirs = ids(&done(&mut client, vec![Step::PublishAll(again)]).await);
-        assert_eq!(in_order_of_writing(db.pool(), &theirs).await, uuids(&theirs), "{what}");
+        assert_eq!(
+            in_order_of_writing(db.pool(), &theirs).await,
+            uuids(&theirs),
+            "{what}"
+        );
         are_written_alike(db.pool(), &ours, &theirs, &what).await;
     }
     let nothing = done(&mut client, vec![Step::PublishAll(Vec::new())]).await;
@@ -217,13 +241,27 @@ pub(crate) async fn a_batch_with_special_messages_is_written_as_sqlx_writes_it<C
     let ours = published(db.pool(), batch("ours")).await;
     let theirs = ids(&done(&mut client, vec![Step::PublishAll(batch("theirs"))]).await);
     are_written_alike(db.pool(), &ours, &theirs, "special").await;
-    let waits: Vec<bool> = (rows(db.pool(), &theirs).await.iter()).map(|row| row.1.is_some()).collect();
-    let of = |what: bool| (theirs.iter().zip(&waits)).filter(move |(_, waits)| **waits == what).map(|(id, _)| id.as_uuid());
+    let waits: Vec<bool> = (rows(db.pool(), &theirs).await.iter())
+        .map(|row| row.1.is_some())
+        .collect();
+    let of = |what: bool| {
+        (theirs.iter().zip(&waits))
+            .filter(move |(_, waits)| **waits == what)
+            .map(|(id, _)| id.as_uuid())
+    };
     let expected: Vec<Uuid> = of(false).chain(of(true)).collect();
     assert_eq!(in_order_of_writing(db.pool(), &theirs).await, expected);
     let again = ids(&done(&mut client, vec![Step::PublishAll(batch("theirs"))]).await);
-    let same = theirs.iter().zip(&again).filter(|(first, again)| first == again).count();
-    assert_eq!(same, (0..500).filter(|n| matches!(n % 9, 1 | 4)).count(), "deduplicated");
+    let same = theirs
+        .iter()
+        .zip(&again)
+        .filter(|(first, again)| first == again)
+        .count();
+    assert_eq!(
+        same,
+        (0..500).filter(|n| matches!(n % 9, 1 | 4)).count(),
+        "deduplicated"
+    );
 }
 
 pub(crate) async fn a_batch_of_any_size_arrives_whole<C: Client>() {
@@ -253,7 +291,10 @@ pub(crate) async fn what_the_database_and_the_role_default_to_changes_nothing<C:
         "idle_session_timeout",
     ] {
         let reset = format!("ALTER DATABASE {} RESET {setting}", db.name());
-        sqlx::raw_sql(sqlx::AssertSqlSafe(reset)).execute(db.pool()).await.expect("reset");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(reset))
+            .execute(db.pool())
+            .await
+            .expect("reset");
     }
     let batch = |run: &str| (0..100).map(|n| mixed_and_special(n, run)).collect::<Vec<_>>();
     let plain = || (0..100).map(mixed).collect::<Vec<_>>();
@@ -272,12 +313,18 @@ pub(crate) async fn what_the_database_and_the_role_default_to_changes_nothing<C:
     let at = at(2100);
     let scheduled = id(&done(&mut client, vec![Step::Publish(json(1).delay(PATIENCE))]).await);
     let steps = vec![Step::Reschedule(scheduled, at), Step::Cancel(scheduled)];
-    assert_eq!(done(&mut client, steps).await, [Said::Whether(true), Said::Whether(true)]);
+    assert_eq!(
+        done(&mut client, steps).await,
+        [Said::Whether(true), Said::Whether(true)]
+    );
     due(&done(&mut client, vec![Step::Register(nightly("nightly"))]).await);
 }
 
 fn is_refused(error: &Error, says: &str) {
-    assert!(!matches!(error, Error::Database(_) | Error::NoTransaction), "{error:?}");
+    assert!(
+        !matches!(error, Error::Database(_) | Error::NoTransaction),
+        "{error:?}"
+    );
     assert!(error.to_string().contains(says), "{error} says {says:?}");
 }
 
@@ -327,9 +374,15 @@ pub(crate) async fn what_waits_can_be_cancelled_once<C: Client>() {
     let twice = || vec![Step::Cancel(waits), Step::Cancel(waits)];
     let (yes, no) = (Said::Whether(true), Said::Whether(false));
     assert_eq!(undone(&mut client, twice()).await, [yes.clone(), no.clone()]);
-    assert_eq!(number(db.pool(), "SELECT count(*) FROM postbox.scheduled").await, 1);
+    assert_eq!(
+        number(db.pool(), "SELECT count(*) FROM postbox.scheduled").await,
+        1
+    );
     assert_eq!(done(&mut client, twice()).await, [yes, no.clone()]);
-    assert_eq!(number(db.pool(), "SELECT count(*) FROM postbox.scheduled").await, 0);
+    assert_eq!(
+        number(db.pool(), "SELECT count(*) FROM postbox.scheduled").await,
+        0
+    );
     for id in [waits, does_not, MessageId::new()] {
         assert_eq!(done(&mut client, vec![Step::Cancel(id)]).await, [no.clone()]);
     }
@@ -342,19 +395,31 @@ pub(crate) async fn what_waits_can_be_rescheduled_to_the_microsecond<C: Client>(
     let moved = "SELECT count(*) FROM postbox.scheduled WHERE deliver_at = '2100-01-02 03:04:05.678901+00'";
     let to: DateTime<Utc> = "2100-01-02T03:04:05.678901Z".parse().expect("an instant");
     let (yes, no) = (Said::Whether(true), Said::Whether(false));
-    assert_eq!(undone(&mut client, vec![Step::Reschedule(waits, to)]).await, [yes.clone()]);
+    assert_eq!(
+        undone(&mut client, vec![Step::Reschedule(waits, to)]).await,
+        [yes.clone()]
+    );
     assert_eq!(number(db.pool(), moved).await, 0);
     // Twice is no wonder: it still waits.
     for _ in 0..2 {
-        assert_eq!(done(&mut client, vec![Step::Reschedule(waits, to)]).await, [yes.clone()]);
+        assert_eq!(
+            done(&mut client, vec![Step::Reschedule(waits, to)]).await,
+            [yes.clone()]
+        );
         assert_eq!(number(db.pool(), moved).await, 1);
     }
     let finer = to - TimeDelta::nanoseconds(999);
-    assert_eq!(done(&mut client, vec![Step::Reschedule(waits, finer)]).await, [yes.clone()]);
+    assert_eq!(
+        done(&mut client, vec![Step::Reschedule(waits, finer)]).await,
+        [yes.clone()]
+    );
     assert_eq!(number(db.pool(), moved).await, 1, "not earlier than asked for");
     done(&mut client, vec![Step::Cancel(waits)]).await;
     for id in [waits, does_not, MessageId::new()] {
-        assert_eq!(done(&mut client, vec![Step::Reschedule(id, to)]).await, [no.clone()]);
+        assert_eq!(
+            done(&mut client, vec![Step::Reschedule(id, to)]).await,
+            [no.clone()]
+        );
     }
 }
 
@@ -365,7 +430,10 @@ pub(crate) async fn a_deduplicated_message_has_the_id_of_the_first<C: Client>() 
     nothing_is_written(db.pool()).await;
     let first = id(&done(&mut client, vec![Step::Publish(message(1))]).await);
     assert_ne!(first, rolled_back, "the key was free");
-    assert_eq!(id(&done(&mut client, vec![Step::Publish(message(2))]).await), first);
+    assert_eq!(
+        id(&done(&mut client, vec![Step::Publish(message(2))]).await),
+        first
+    );
     let batch = vec![json(3), message(4), message(5)];
     let batch = ids(&done(&mut client, vec![Step::PublishAll(batch)]).await);
     assert_eq!(batch[1..], [first, first]);
@@ -420,7 +488,8 @@ fn nightly(name: &str) -> Cron {
     Cron::new(name, schedule, message)
 }
 
-const REGISTERED: &str = "SELECT count(DISTINCT to_jsonb(c) - '{name,computed_at,created_at}'::text[]) FROM postbox.cron c";
+const REGISTERED: &str =
+    "SELECT count(DISTINCT to_jsonb(c) - '{name,computed_at,created_at}'::text[]) FROM postbox.cron c";
 
 pub(crate) async fn a_recurring_message_is_registered_as_sqlx_registers_it<C: Client>() {
     let (db, mut client) = database::<C>().await;
@@ -429,12 +498,19 @@ pub(crate) async fn a_recurring_message_is_registered_as_sqlx_registers_it<C: Cl
     let first = due(&done(&mut client, vec![Step::Register(nightly("nightly"))]).await);
     let row = "SELECT next_at, xmin::text || ctid::text FROM postbox.cron WHERE name = 'nightly'";
     let read = async || -> (DateTime<Utc>, String) {
-        sqlx::query_as(row).fetch_one(db.pool()).await.expect("a schedule")
+        sqlx::query_as(row)
+            .fetch_one(db.pool())
+            .await
+            .expect("a schedule")
     };
     let before = read().await;
     assert_eq!(before.0, first);
     let again = due(&done(&mut client, vec![Step::Register(nightly("nightly"))]).await);
-    assert_eq!((again, before), (first, read().await), "what is the same is not written");
+    assert_eq!(
+        (again, before),
+        (first, read().await),
+        "what is the same is not written"
+    );
     let mut tx = db.pool().begin().await.expect("a transaction");
     tx.register(nightly("ours")).await.expect("registered");
     tx.commit().await.expect("committed");
@@ -452,10 +528,13 @@ pub(crate) async fn a_wrong_recurring_message_is_refused_and_the_transaction_goe
         (Cron::new("c", schedule(), json(1).ordered()), "ordered"),
         (Cron::new("c", schedule(), json(1).topic("a b")), "topic \"a b\""),
     ];
-    let (steps, says): (Vec<Step>, Vec<&str>) =
-        (wrong.into_iter()).map(|(cron, says)| (Step::Register(cron), says)).unzip();
+    let (steps, says): (Vec<Step>, Vec<&str>) = (wrong.into_iter())
+        .map(|(cron, says)| (Step::Register(cron), says))
+        .unzip();
     let good = [Step::Publish(json(1)), Step::Register(nightly("nightly"))];
-    let ran = client.run(steps.into_iter().chain(good).collect(), End::Commit).await;
+    let ran = client
+        .run(steps.into_iter().chain(good).collect(), End::Commit)
+        .await;
     ran.ended.expect("committed");
     for (said, says) in ran.said.iter().zip(says) {
         is_refused(said.as_ref().expect_err(says), says);
@@ -472,8 +551,16 @@ fn of_the_database(said: postbox::Result<Said>) -> postbox::DatabaseError {
 
 pub(crate) async fn an_error_of_the_server_has_its_code_and_words<C: Client>() {
     let (db, mut client) = database::<C>().await;
-    for step in [Step::Publish(json(1)), Step::PublishAll(vec![json(1)]), Step::Register(nightly("n"))] {
-        let steps = vec![Step::Sql("SET TRANSACTION READ ONLY"), step, Step::Publish(json(1))];
+    for step in [
+        Step::Publish(json(1)),
+        Step::PublishAll(vec![json(1)]),
+        Step::Register(nightly("n")),
+    ] {
+        let steps = vec![
+            Step::Sql("SET TRANSACTION READ ONLY"),
+            step,
+            Step::Publish(json(1)),
+        ];
         let mut said = client.run(steps, End::Rollback).await.said.into_iter().skip(1);
         let refused = of_the_database(said.next().expect("the first"));
         assert_eq!(refused.code(), Some("25006"), "{refused:?}");
@@ -483,7 +570,10 @@ pub(crate) async fn an_error_of_the_server_has_its_code_and_words<C: Client>() {
         if C::TELLS_ALL_CODES {
             assert_eq!(aborted.code(), Some("25P02"), "{aborted:?}");
         }
-        assert!(aborted.to_string().contains("current transaction is aborted"), "{aborted}");
+        assert!(
+            aborted.to_string().contains("current transaction is aborted"),
+            "{aborted}"
+        );
     }
     nothing_is_written(db.pool()).await;
     done(&mut client, vec![Step::Publish(json(1))]).await;
