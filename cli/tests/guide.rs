@@ -153,11 +153,13 @@ async fn every_sql_and_shell_block_of_the_guide_does_what_it_says() {
                 "python" | "js" => match interpreter(language) {
                     Some(interpreter) => run_by(interpreter, &db, &body),
                     // What comes after it counts on its message.
-                    None => sqlx::raw_sql("SELECT postbox.publish(topic => 'orders', key => '1', payload => '{}')")
-                        .execute(db.pool())
-                        .await
-                        .map(drop)
-                        .map_err(|error| error.to_string()),
+                    None => sqlx::raw_sql(
+                        "SELECT postbox.publish(topic => 'orders', key => '1', payload => '{}')",
+                    )
+                    .execute(db.pool())
+                    .await
+                    .map(drop)
+                    .map_err(|error| error.to_string()),
                 },
                 _ => {
                     let (result, background) = run_in_shell(&db, &body);

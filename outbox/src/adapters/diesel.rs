@@ -16,13 +16,14 @@
 //!
 //! What goes for any connection is here; diesel-async's is a [`postbox::Publish`](crate::Publish) by itself.
 
+use std::fmt;
+
 use diesel::connection::{Connection, LoadConnection, TransactionManager, TransactionManagerStatus};
-use diesel::deserialize::{self, QueryableByName};
 use diesel::pg::Pg;
-use diesel::query_builder::{BoxedSqlQuery, SqlQuery};
-use diesel::row::NamedRow;
+use diesel::query_builder::{AstPass, QueryFragment, QueryId};
+use diesel::result::Error::QueryBuilderError as Refused;
 use diesel::sql_types::{Array, Binary, Nullable, Text};
-use diesel::{RunQueryDsl, sql_query};
+use diesel::{QueryResult, RunQueryDsl};
 
 use chrono::{DateTime, Utc};
 
@@ -39,8 +40,14 @@ use crate::publish::{Answer, Bind, Query};
 /// sent as SQL is none, since diesel does not know of it.)
 ///
 /// It is what [`blocking::Publish`] is implemented for; [`Publish`] makes one for each call.
-#[derive(Debug)]
 pub struct InTransaction<'a, C>(&'a mut C);
+
+/// Not derived: diesel's connections have none.
+impl<C> fmt::Debug for InTransaction<'_, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("InTransaction").finish_non_exhaustive()
+    }
+}
 
 impl<'a, C: Connection<Backend = Pg>> InTransaction<'a, C> {
     /// Costs no round trip.
@@ -56,8 +63,7 @@ impl<'a, C: Connection<Backend = Pg>> InTransaction<'a, C> {
 
 impl<C: LoadConnection<Backend = Pg>> OpenTransaction for InTransaction<'_, C> {
     fn run(&mut self, query: Query) -> Result<Answer> {
-        let rows: Vec<Row> = bound(query).load(self.0)?;
-        Ok(answer(rows))
+        Ok(Answer(Bound(query).load(self.0)?))
     }
 }
 
@@ -123,32 +129,43 @@ pub(super) fn is_open(status: &TransactionManagerStatus) -> Result<()> {
     }
 }
 
-/// The statement as diesel has it, which is not kept prepared.
-pub(super) fn bound(query: Query) -> BoxedSqlQuery<'static, Pg, SqlQuery> {
-    let mut bound = sql_query(query.sql).into_boxed::<Pg>();
-    for parameter in query.parameters {
-        bound = match parameter {
-            Bind::Text(text) => bound.bind::<Nullable<Text>, _>(text),
-            Bind::Bytes(bytes) => bound.bind::<Binary, _>(bytes),
-            Bind::Texts(texts) => bound.bind::<Array<Nullable<Text>>, _>(texts),
-            Bind::Blobs(blobs) => bound.bind::<Array<Binary>, _>(blobs),
-        };
+/// A statement as a query of diesel's, which keeps it prepared as it does those that it builds. (`sql_query` has a statement prepared each time.)
+pub(super) struct Bound(pub(super) Query);
+
+impl QueryFragment<Pg> for Bound {
+    /// diesel numbers what is bound itself, in the order of the text.
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        let mut pieces = self.0.sql.split('$');
+        out.push_sql(pieces.next().unwrap_or_default());
+        for piece in pieces {
+            let end = piece.find(|c: char| !c.is_ascii_digit()).unwrap_or(piece.len());
+            let (number, rest) = piece.split_at(end);
+            let number = number.parse().ok().and_then(|n: usize| n.checked_sub(1));
+            match number.and_then(|n| self.0.parameters.get(n)) {
+                None => return Err(Refused("a parameter without a value".into())),
+                Some(Bind::Text(text)) => out.push_bind_param::<Nullable<Text>, _>(text)?,
+                Some(Bind::Bytes(bytes)) => out.push_bind_param::<Binary, _>(bytes)?,
+                Some(Bind::Texts(texts)) => out.push_bind_param::<Array<Nullable<Text>>, _>(texts)?,
+                Some(Bind::Blobs(blobs)) => out.push_bind_param::<Array<Binary>, _>(blobs)?,
+            }
+            out.push_sql(rest);
+        }
+        Ok(())
     }
-    bound
 }
 
-pub(super) fn answer(rows: Vec<Row>) -> Answer {
-    Answer(rows.into_iter().map(|row| row.0).collect())
+/// By its text, since there are several.
+impl QueryId for Bound {
+    type QueryId = ();
+    const HAS_STATIC_QUERY_ID: bool = false;
 }
 
 /// The one column that all statements with rows have.
-pub(super) struct Row(Option<String>);
-
-impl QueryableByName<Pg> for Row {
-    fn build<'a>(row: &impl NamedRow<'a, Pg>) -> deserialize::Result<Self> {
-        NamedRow::get::<Nullable<Text>, _>(row, "answer").map(Self)
-    }
+impl diesel::query_builder::Query for Bound {
+    type SqlType = Nullable<Text>;
 }
+
+impl<C> RunQueryDsl<C> for Bound {}
 
 impl From<diesel::result::Error> for DatabaseError {
     fn from(error: diesel::result::Error) -> Self {

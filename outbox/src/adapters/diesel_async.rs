@@ -2,7 +2,7 @@
 
 use diesel_async::{AsyncConnection, AsyncPgConnection, RunQueryDsl, TransactionManager};
 
-use super::diesel::{Row, answer, bound, is_open};
+use super::diesel::{Bound, is_open};
 use crate::error::Result;
 use crate::publish::{Answer, OpenTransaction, Query};
 
@@ -10,7 +10,6 @@ impl OpenTransaction for AsyncPgConnection {
     async fn run(&mut self, query: Query) -> Result<Answer> {
         type Manager = <AsyncPgConnection as AsyncConnection>::TransactionManager;
         is_open(Manager::transaction_manager_status_mut(self))?;
-        let rows: Vec<Row> = bound(query).load(self).await?;
-        Ok(answer(rows))
+        Ok(Answer(Bound(query).load(self).await?))
     }
 }

@@ -8,19 +8,30 @@ use crate::publish::{Answer, Bind, OpenTransaction, Query};
 
 impl OpenTransaction for DatabaseTransaction {
     async fn run(&mut self, query: Query) -> Result<Answer> {
-        let values = query.parameters.into_iter().map(value);
-        let statement = Statement::from_sql_and_values(DbBackend::Postgres, query.sql, values);
+        let mut sql = query.sql.to_owned();
+        let values: Vec<Value> = (1..)
+            .zip(query.parameters)
+            .map(|(n, parameter)| value(n, parameter, &mut sql))
+            .collect();
+        let statement = Statement::from_sql_and_values(DbBackend::Postgres, sql, values);
         let rows = self.query_all_raw(statement).await?;
         let column = rows.iter().map(|row| row.try_get_by_index(0));
         Ok(Answer(column.collect::<Result<_, _>>()?))
     }
 }
 
-fn value(parameter: Bind) -> Value {
+fn value(n: usize, parameter: Bind, sql: &mut String) -> Value {
     match parameter {
         Bind::Text(text) => Value::String(text),
         Bind::Bytes(bytes) => Value::Bytes(Some(bytes)),
-        Bind::Texts(texts) => Value::String(Some(literal(&texts))),
+        Bind::Texts(texts) if texts.iter().any(Option::is_none) => {
+            *sql = sql.replace(&array(n), &array_of_json(n));
+            Value::String(Some(serde_json::Value::from(texts).to_string()))
+        }
+        Bind::Texts(texts) => {
+            let texts = texts.into_iter().map(Value::String);
+            Value::Array(ArrayType::String, Some(Box::new(texts.collect())))
+        }
         Bind::Blobs(blobs) => {
             let blobs = blobs.into_iter().map(|bytes| Value::Bytes(Some(bytes)));
             Value::Array(ArrayType::Bytes, Some(Box::new(blobs.collect())))
@@ -28,28 +39,13 @@ fn value(parameter: Bind) -> Value {
     }
 }
 
-/// The array as PostgreSQL writes it, which the statement casts: SeaORM's own hold no nulls.
-fn literal(texts: &[Option<String>]) -> String {
-    let mut literal = String::from("{");
-    for (n, text) in texts.iter().enumerate() {
-        if n > 0 {
-            literal.push(',');
-        }
-        let Some(text) = text else {
-            literal.push_str("NULL");
-            continue;
-        };
-        literal.push('"');
-        for character in text.chars() {
-            if matches!(character, '"' | '\\') {
-                literal.push('\\');
-            }
-            literal.push(character);
-        }
-        literal.push('"');
-    }
-    literal.push('}');
-    literal
+fn array(n: usize) -> String {
+    format!("${n}::pg_catalog.text[]")
+}
+
+/// SeaORM's arrays hold no nulls. (In the text of one, NULL is a null only if the database has array_nulls on.)
+fn array_of_json(n: usize) -> String {
+    format!("ARRAY(SELECT pg_catalog.json_array_elements_text(${n}::pg_catalog.text::pg_catalog.json))")
 }
 
 impl From<DbErr> for DatabaseError {

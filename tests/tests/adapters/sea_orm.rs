@@ -1,0 +1,43 @@
+use postbox::Result;
+use sea_orm::{ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, TransactionTrait};
+
+use crate::script::{Client, End, Ran, Said, Step, Transaction, play, play_inside, suite};
+
+pub(crate) struct SeaOrm(DatabaseConnection);
+
+impl Client for SeaOrm {
+    async fn connect(url: &str) -> Self {
+        Self(Database::connect(url).await.expect("a pool"))
+    }
+
+    async fn run(&mut self, steps: Vec<Step>, end: End) -> Ran {
+        let mut tx = self.0.begin().await.expect("a transaction");
+        let said = play(&mut tx, steps).await;
+        let ended = match end {
+            End::Commit => tx.commit().await,
+            End::Rollback => tx.rollback().await,
+        };
+        let ended = ended.map_err(Into::into);
+        Ran { said, ended }
+    }
+}
+
+impl Transaction for DatabaseTransaction {
+    async fn sql(&mut self, sql: &'static str) -> Result<()> {
+        self.execute_unprepared(sql).await?;
+        Ok(())
+    }
+
+    async fn savepoint(&mut self, steps: Vec<Step>, end: End) -> Vec<Result<Said>> {
+        let mut inner = self.begin().await.expect("a savepoint");
+        let said = play_inside(&mut inner, steps).await;
+        let ended = match end {
+            End::Commit => inner.commit().await,
+            End::Rollback => inner.rollback().await,
+        };
+        ended.expect("ended");
+        said
+    }
+}
+
+suite!(SeaOrm);
