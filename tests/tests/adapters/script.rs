@@ -7,6 +7,7 @@ use postbox::cron::Cron;
 use postbox::{Error, MessageId, Outgoing, Publish, Result, blocking};
 use tokio::sync::oneshot;
 
+#[expect(clippy::large_enum_variant, reason = "a script has few")]
 pub(crate) enum Step {
     Publish(Outgoing),
     PublishAll(Vec<Outgoing>),

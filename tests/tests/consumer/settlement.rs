@@ -458,3 +458,32 @@ async fn where_there_is_nothing_to_settle_a_settlement_is_refused_at_start() {
         assert!(error.contains(says), "{error}");
     }
 }
+
+#[handler(group = "by-url")]
+async fn by_url(_step: Step, settlement: Settlement) -> Result<(), HandlerError> {
+    settlement.without_effect();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_without_a_pool_of_sqlx_connects_by_a_url() {
+    let bench = bench().await;
+    let consumer = Consumer::connect(bench.db.url())
+        .unwrap()
+        .handlers(handlers![by_url]);
+    let _consumer = consumer.start().await.unwrap();
+    publish_steps(bench.db.pool(), &steps(3, 3)).await;
+    settled(bench.db.pool(), "by-url").await;
+    for (url, says) in [
+        ("mysql://u:secret@h/app", "MySQL"),
+        ("postgres://u@one,two/app", "several servers"),
+        ("localhost/app", "does not begin with postgres://"),
+    ] {
+        let error = Consumer::connect(url).err().map(|error| error.to_string());
+        let error = error.unwrap_or_default();
+        assert!(
+            error.contains(says) && !error.contains("secret"),
+            "{url}: {error}"
+        );
+    }
+}
