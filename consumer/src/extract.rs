@@ -25,7 +25,7 @@ pub use needs::Needs;
 pub use raw::Raw;
 pub use scheduled_at::ScheduledAt;
 pub use settlement::Settlement;
-pub(crate) use settlement::{Claim, Used};
+pub(crate) use settlement::{Claim, Run as ClaimedRun, Used};
 pub use state::State;
 pub(crate) use tx::{OwnSlot, TxSource};
 pub use tx::{TestTx, Tx};

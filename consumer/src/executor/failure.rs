@@ -77,7 +77,7 @@ impl Executor {
         let HandlerError { decision, reason } = failure;
         let failure = match decision {
             Decision::Unfit(unfit) => return self.run_without(jobs, unfit),
-            Decision::OfEach(_) if jobs.handler().transactional => HandlerError::retry(format!(
+            Decision::OfEach(_) if jobs.handler().transactional || jobs.handler().settles => HandlerError::retry(format!(
                 "a handler with a Tx cannot fail with some of its messages only, since what it wrote for the others is rolled back: {reason}"
             )),
             Decision::OfEach(mut failures) => {

@@ -13,7 +13,7 @@ use tracing::warn;
 
 use crate::connections::Share;
 use crate::connections::{Checkout, Committed, MARKED, ROUND_TRIP, Statements};
-use crate::extract::{Claim, Invocation, TxSource, Used};
+use crate::extract::{Claim, ClaimedRun, Invocation, TxSource, Used};
 use crate::handler::router::Handler;
 use crate::ids::{ConsumerId, Epoch, Lane, SubscriptionId};
 use crate::outcome::HandlerError;
@@ -233,6 +233,8 @@ pub(crate) async fn run_own(
     let timeout = handler.timeout;
     let claim = Claim::new(fence.query(timeout));
     invocation.settlement = Some(claim.clone());
+    // Aborted with its lane, too.
+    let claim = ClaimedRun(claim);
     let run = AssertUnwindSafe(handler.call(invocation)).catch_unwind();
     let outcome = match tokio::time::timeout(timeout, run).await {
         Ok(Ok(outcome)) => outcome,
@@ -240,7 +242,7 @@ pub(crate) async fn run_own(
         Err(_) => Err(timed_out(timeout)),
     };
     // From here on what is left of the handler cannot settle any more.
-    match (claim.close(), outcome) {
+    match (claim.0.close(), outcome) {
         (Used::Not, Ok(())) => Verdict::Failed(HandlerError::dead_letter(FORGOTTEN)),
         (Used::Not | Used::WithoutEffect, outcome) => Verdict::from(outcome),
         (Used::Refused(Some(code), _), _) if code == STALE => Verdict::Stale,

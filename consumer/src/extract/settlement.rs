@@ -55,6 +55,8 @@ pub(crate) struct Claim {
 
 #[derive(Debug, Clone)]
 enum State {
+    /// No handler has asked for it.
+    Unasked,
     Open,
     /// It was handed out, and may be settled and committed.
     Taken,
@@ -77,7 +79,7 @@ pub(crate) enum Used {
 
 impl Claim {
     pub(crate) fn new(query: Query) -> Arc<Self> {
-        let state = Mutex::new(State::Open);
+        let state = Mutex::new(State::Unasked);
         Arc::new(Self { query, state })
     }
 
@@ -118,7 +120,8 @@ impl Claim {
             State::Open | State::Closed => Used::Not,
             State::Taken => Used::Perhaps,
             State::Refused(code, why) => Used::Refused(code, why),
-            State::WithoutEffect => Used::WithoutEffect,
+            // A layer that answered in the handler's place has no effect either.
+            State::Unasked | State::WithoutEffect => Used::WithoutEffect,
         }
     }
 }
@@ -170,7 +173,9 @@ impl Settlement {
 
     /// One that settles nothing, for a test that calls a handler itself: its statement does nothing in whatever transaction.
     pub fn for_test() -> Self {
-        Self(Claim::new(Query::new("SELECT ''::text AS answer", Vec::new())))
+        let claim = Claim::new(Query::new("SELECT ''::text AS answer", Vec::new()));
+        claim.swap(State::Open);
+        Self(claim)
     }
 }
 
@@ -185,7 +190,10 @@ impl Extract for Settlement {
 
     async fn extract(invocation: &mut Invocation) -> Result<Self, HandlerError> {
         match invocation.settlement.take() {
-            Some(claim) => Ok(Self(claim)),
+            Some(claim) => {
+                claim.swap(State::Open);
+                Ok(Self(claim))
+            }
             None => Err(HandlerError::retry(
                 "there is nothing to settle here: a group's handler can take one Settlement, and a hook for dead letters none",
             )),
@@ -193,27 +201,46 @@ impl Extract for Settlement {
     }
 }
 
+/// Closes the claim wherever its run ends, cancelled or not.
+pub(crate) struct Run(pub(crate) Arc<Claim>);
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn asked_for() -> Arc<Claim> {
+        let claim = Claim::new(Query::new("SELECT", Vec::new()));
+        claim.swap(State::Open);
+        claim
+    }
+
     #[test]
     fn a_claim_is_used_once_and_not_after_the_run() {
-        let claim = Claim::new(Query::new("SELECT", Vec::new()));
+        let claim = asked_for();
         assert!(claim.take().is_ok());
         assert!(claim.take().is_err(), "a second time");
         assert!(matches!(claim.close(), Used::Perhaps));
 
-        let claim = Claim::new(Query::new("SELECT", Vec::new()));
+        let claim = asked_for();
         assert!(matches!(claim.close(), Used::Not));
         assert!(claim.take().is_err(), "after the run");
 
-        let claim = Claim::new(Query::new("SELECT", Vec::new()));
+        let claim = asked_for();
+        drop(Run(claim.clone()));
+        assert!(claim.take().is_err(), "after a run that was cancelled");
+
+        let claim = asked_for();
         Settlement(claim.clone()).without_effect();
-        assert!(
-            claim.take().is_err(),
-            "it was said that there is nothing to be written"
-        );
+        assert!(claim.take().is_err(), "it was said that there is nothing to be written");
         assert!(matches!(claim.close(), Used::WithoutEffect));
+
+        let claim = Claim::new(Query::new("SELECT", Vec::new()));
+        assert!(matches!(claim.close(), Used::WithoutEffect), "who never asked for it");
     }
 }
