@@ -64,7 +64,7 @@ pub struct Consumer {
     settings: Settings,
 }
 
-/// For the looks of handlers at their settlements, and hooks.
+/// For hooks, and for handlers that take a Tx all the same.
 const OWN_CONNECTIONS: u32 = 4;
 
 impl Consumer {
@@ -236,7 +236,7 @@ impl Consumer {
             &self.definitions,
             &self.settings,
             &states,
-            &self.pool,
+            (&self.pool, &own),
             &clock,
         )?);
         let register = cron::register_all(&own, crons);

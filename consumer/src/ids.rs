@@ -32,6 +32,11 @@ pub(crate) struct Epoch(pub(crate) i32);
 impl Epoch {
     /// Under which no lane is owned.
     pub(crate) const OF_NOBODY: Self = Self(-1);
+
+    /// That of the claim after this one.
+    pub(crate) fn next(self) -> Self {
+        Self(self.0.wrapping_add(1))
+    }
 }
 
 /// A group's subscription to a topic.

@@ -69,7 +69,7 @@ pub(crate) fn plan_all(
     definitions: &[HandlerDefinition],
     settings: &Settings,
     states: &Arc<States>,
-    pool: &PgPool,
+    (pool, upkeep): (&PgPool, &PgPool),
     clock: &Arc<DatabaseClock>,
 ) -> Result<Vec<Subscription>, Error> {
     let mut families: Vec<Family<'_>> = Vec::new();
@@ -110,7 +110,16 @@ pub(crate) fn plan_all(
     families
         .into_iter()
         .zip(&mut shares)
-        .map(|(family, share)| family.plan(settings, states, share.take(), hooks_pool, &quarantine, clock))
+        .map(|(family, share)| {
+            family.plan(
+                settings,
+                states,
+                share.take(),
+                (hooks_pool, upkeep),
+                &quarantine,
+                clock,
+            )
+        })
         .collect()
 }
 
@@ -246,7 +255,7 @@ impl Family<'_> {
         settings: &Settings,
         states: &Arc<States>,
         share: Option<Share>,
-        hooks_pool: &PgPool,
+        (hooks_pool, upkeep): (&PgPool, &PgPool),
         quarantine: &Arc<Semaphore>,
         clock: &Arc<DatabaseClock>,
     ) -> Result<Subscription, Error> {
@@ -359,7 +368,7 @@ impl Family<'_> {
             quarantine: quarantine.clone(),
             clock: clock.clone(),
             states: states.clone(),
-            pool: hooks_pool.clone(),
+            pool: upkeep.clone(),
             hooks: Arc::new(Hooks {
                 pool: hooks_pool.clone(),
                 turns: Semaphore::new(hooks_at_once),

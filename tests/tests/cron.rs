@@ -196,6 +196,27 @@ async fn a_due_time_does_not_fire_again_when_the_clock_is_set_back_or_the_schedu
 
 // ---------------------------------------------------------------------------------------------------------------- the register
 
+#[tokio::test(flavor = "multi_thread")]
+async fn all_who_register_the_same_at_once_are_told_its_next_due_time() {
+    let db = TestDatabase::new().await.unwrap();
+    for round in 0..20 {
+        sqlx::query("DELETE FROM postbox.cron")
+            .execute(db.pool())
+            .await
+            .unwrap();
+        let pool = db.connect_pool(8);
+        let registering = (0..8).map(|_| {
+            let pool = pool.clone();
+            tokio::spawn(async move { register(&pool, every("0 3 * * *")).await })
+        });
+        let mut due = Vec::new();
+        for registering in registering.collect::<Vec<_>>() {
+            due.push(registering.await.unwrap());
+        }
+        assert!(due.iter().all(|next| *next == due[0]), "round {round}: {due:?}");
+    }
+}
+
 #[tokio::test]
 async fn registering_again_changes_nothing_unless_something_changed() {
     let db = TestDatabase::new().await.unwrap();

@@ -8,6 +8,7 @@ use super::failure::backoff;
 use super::{Executor, Job};
 use crate::clock::later;
 use crate::log::block::Record;
+use crate::outcome::{Decision, HandlerError};
 use crate::protocol::journal::{Disposition, Entry};
 use crate::protocol::redelivery::{Held, HeldState, ParkedKey};
 
@@ -97,25 +98,32 @@ impl Executor {
             HeldState::Retry => {
                 self.failing.insert(offset, lane);
                 match self.resolve(&mut job) {
-                    Some(failure) => self.failed_unseen(job, failure.reason),
+                    Some(failure) => self.failed_in_doubt(job, failure),
                     None => self.resume(job, due),
                 }
             }
             HeldState::Trying => {
                 self.failing.insert(offset, lane);
                 job.suspect = true;
-                if !job.unknown && self.lanes.get(lane).is_some_and(|lane| lane.crashes > 0) {
+                job.attempt = attempts.max(1);
+                if let Some(failure) = self.resolve(&mut job) {
+                    self.failed_in_doubt(job, failure);
+                } else if !job.unknown && self.lanes.get(lane).is_some_and(|lane| lane.crashes > 0) {
                     job.attempt = attempts;
                     self.failed_unseen(job, "the process died while the handler ran".to_owned());
                 } else {
-                    // It was cancelled, or never began, or its commit was lost.
-                    job.attempt = attempts.max(1);
-                    match self.resolve(&mut job) {
-                        Some(failure) => self.failed_unseen(job, failure.reason),
-                        None => self.resume(job, due),
-                    }
+                    // It was cancelled, or never began.
+                    self.resume(job, due);
                 }
             }
+        }
+    }
+
+    /// An attempt of which it was not known whether it committed, and it has not: what its handler said of it counts, if it said anything.
+    fn failed_in_doubt(&mut self, job: Job, failure: HandlerError) {
+        match failure.decision {
+            Decision::Retry => self.failed_unseen(job, failure.reason),
+            _ => self.decide(job, failure),
         }
     }
 

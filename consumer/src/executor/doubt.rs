@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::ready::PARTS;
 use super::{Executor, Job, Jobs};
-use crate::ids::Lane;
+use crate::ids::{Epoch, Lane};
 use crate::outcome::HandlerError;
 
 /// Runs whose commit was not answered, by the offsets of their messages.
@@ -17,6 +17,8 @@ pub(super) struct Doubts(HashMap<i64, Doubt>);
 
 struct Doubt {
     lane: Lane,
+    /// Under which it ran. The claim that shows what became of it has the next one.
+    epoch: Epoch,
     attempt: u32,
     failing_since: Option<Instant>,
     /// How many ran together.
@@ -31,6 +33,7 @@ impl Executor {
         for job in jobs.iter() {
             let doubt = Doubt {
                 lane: job.lane,
+                epoch: self.lanes.epoch(job.lane).unwrap_or(Epoch::OF_NOBODY),
                 attempt: job.attempt,
                 failing_since: job.failing_since,
                 messages: jobs.len(),
@@ -47,6 +50,10 @@ impl Executor {
             return None;
         }
         let doubt = self.failing.doubts.0.remove(&job.offset)?;
+        // Another had the lane since, or a seek moved it: that message is not the one that ran here.
+        if self.lanes.epoch(job.lane) != Some(doubt.epoch.next()) {
+            return None;
+        }
         job.attempt = job.attempt.max(doubt.attempt);
         job.failing_since = job.failing_since.or(doubt.failing_since);
         if doubt.messages > 1 {

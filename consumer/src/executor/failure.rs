@@ -77,9 +77,11 @@ impl Executor {
         let HandlerError { decision, reason } = failure;
         let failure = match decision {
             Decision::Unfit(unfit) => return self.run_without(jobs, unfit),
-            Decision::OfEach(_) if jobs.handler().transactional || jobs.handler().settles => HandlerError::retry(format!(
-                "a handler with a Tx cannot fail with some of its messages only, since what it wrote for the others is rolled back: {reason}"
-            )),
+            Decision::OfEach(_) if jobs.handler().transactional || jobs.handler().settles => {
+                HandlerError::retry(format!(
+                    "a handler with a Tx or a Settlement cannot fail with some of its messages only, since what it wrote for the others is rolled back: {reason}"
+                ))
+            }
             Decision::OfEach(mut failures) => {
                 let its_own = jobs
                     .iter()
@@ -181,7 +183,7 @@ impl Executor {
     }
 
     /// What is to be done with a message that failed.
-    fn decide(&mut self, mut job: Job, failure: HandlerError) {
+    pub(super) fn decide(&mut self, mut job: Job, failure: HandlerError) {
         let failure = by_policy(&job, failure);
         let wait = wait_of(&job, &failure);
         match failure.decision {

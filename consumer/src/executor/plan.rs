@@ -38,7 +38,7 @@ pub(crate) struct Plan {
     /// By which messages expire.
     pub(crate) clock: Arc<DatabaseClock>,
     pub(crate) states: Arc<States>,
-    /// The application's, for a statement at a time.
+    /// Of the process's own connections, for a statement at a time.
     pub(crate) pool: PgPool,
     /// Where those run who are told of dead letters.
     pub(crate) hooks: Arc<Hooks>,

@@ -416,7 +416,7 @@ impl Executor {
             Verdict::InDoubt(error) => {
                 warn!(
                     group = %self.plan.group, topic = %self.plan.topic, offset, %error,
-                    "it is not known whether the handler's transaction committed; claiming the lane again to see what became of it"
+                    "it is not known whether the handler's transaction committed; its lane is claimed again to see, once what else runs of it has ended"
                 );
                 self.admission.breaker.inconclusive(offset);
                 self.doubt(&jobs, &error);

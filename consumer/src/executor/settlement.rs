@@ -16,8 +16,8 @@ use crate::connections::{Checkout, Committed, MARKED, ROUND_TRIP, Statements};
 use crate::extract::{Claim, ClaimedRun, Invocation, TxSource, Used};
 use crate::handler::router::Handler;
 use crate::ids::{ConsumerId, Epoch, Lane, SubscriptionId};
-use crate::outcome::HandlerError;
 use crate::outcome::timed_out;
+use crate::outcome::{HandlerError, Outcome};
 
 /// How a run ended.
 pub(crate) enum Verdict {
@@ -81,6 +81,56 @@ impl Fence {
         in_time(ROUND_TRIP, "looking whether a message is settled", look).await
     }
 
+    /// Of a run that has settled and ended: whether it committed, and whether that may yet come. Its transaction has the lanes' locks; where these are free it
+    /// has ended, and a look after that is the last word. A client may take a moment to roll back what was dropped.
+    async fn became_of(&self, pool: &PgPool) -> (Result<bool, sqlx::Error>, bool) {
+        for wait in PATIENCE {
+            tokio::time::sleep(wait).await;
+            match self.is_settled(pool).await {
+                Ok(false) => {}
+                known => return (known, true),
+            }
+            match self.look(pool, HAVE_ENDED).await {
+                Ok(true) => return (self.is_settled(pool).await, false),
+                Ok(false) => {}
+                Err(error) => return (Err(error), true),
+            }
+        }
+        (Ok(false), true)
+    }
+
+    /// The database has refused to settle.
+    async fn refused(&self, pool: &PgPool, code: Option<&str>, why: &str, outcome: Outcome) -> Verdict {
+        if code == Some(STALE) {
+            // It says so of a lane that it does not know, too.
+            return match self.look(pool, IS_OURS).await {
+                Ok(true) => Verdict::Failed(HandlerError::dead_letter(
+                    "the handler settles in a transaction of another database than its message's: begin it on the consumer's database",
+                )),
+                _ => Verdict::Stale,
+            };
+        }
+        // Nor can a transaction commit of which a statement failed.
+        match outcome {
+            Err(failure) => Verdict::Failed(failure),
+            Ok(()) => Verdict::Failed(HandlerError::retry(format!(
+                "the handler returned Ok although its message could not be settled: {why}"
+            ))),
+        }
+    }
+
+    /// Something about all of the lanes.
+    async fn look(&self, pool: &PgPool, what: &'static str) -> Result<bool, sqlx::Error> {
+        let (lanes, epochs): (Vec<Lane>, Vec<Epoch>) = self.lanes.iter().copied().unzip();
+        let look = sqlx::query_scalar(what)
+            .bind(self.subscription)
+            .bind(lanes)
+            .bind(epochs)
+            .bind(self.consumer)
+            .fetch_one(pool);
+        in_time(ROUND_TRIP, "looking what became of a handler's transaction", look).await
+    }
+
     /// The last statements of the transaction.
     fn statements(&self) -> Vec<String> {
         let Fence {
@@ -116,14 +166,31 @@ impl Fence {
 /// Numbers go as texts, which every client binds; the statement's text is always the same, for those who keep prepared ones.
 const SETTLE: &str = "SELECT postbox.settle_batch($1::pg_catalog.text::integer, $2::pg_catalog.text::integer, $3::pg_catalog.text::smallint[], $4::pg_catalog.text::integer[], \
          $5::pg_catalog.text::smallint[], $6::pg_catalog.text::bigint[])::pg_catalog.text \
-         OPERATOR(pg_catalog.||) pg_catalog.set_config('idle_in_transaction_session_timeout', $7::pg_catalog.text, true) AS answer";
+         OPERATOR(pg_catalog.||) postbox.idle_for_at_most($7::pg_catalog.text::integer) AS answer";
 
 /// Messages that failed before have rows, which go with the same commit.
 const SETTLE_STORED: &str = "WITH settled AS (DELETE FROM postbox.redelivery r \
          WHERE r.subscription_id OPERATOR(pg_catalog.=) $2::pg_catalog.text::integer AND r.\"offset\" OPERATOR(pg_catalog.=) ANY ($6::pg_catalog.text::bigint[])) \
      SELECT postbox.settle_batch($1::pg_catalog.text::integer, $2::pg_catalog.text::integer, $3::pg_catalog.text::smallint[], $4::pg_catalog.text::integer[], \
          $5::pg_catalog.text::smallint[], $6::pg_catalog.text::bigint[])::pg_catalog.text \
-         OPERATOR(pg_catalog.||) pg_catalog.set_config('idle_in_transaction_session_timeout', $7::pg_catalog.text, true) AS answer";
+         OPERATOR(pg_catalog.||) postbox.idle_for_at_most($7::pg_catalog.text::integer) AS answer";
+
+/// Nobody has settled in these lanes and not yet committed. The locks are given back at once.
+const HAVE_ENDED: &str = "SELECT coalesce(bool_and(pg_try_advisory_xact_lock(1347571762, $1 * 1024 + m.lane)), true) AND $4 IS NOT NULL \
+     FROM unnest($2::smallint[], $3::integer[]) AS m (lane, epoch)";
+
+/// The lanes are this consumer's, and its session lives.
+const IS_OURS: &str = "SELECT bool_and(EXISTS (SELECT FROM postbox.lane l \
+         WHERE l.subscription_id = $1 AND l.lane = m.lane AND l.epoch = m.epoch AND l.consumer_id = $4)) \
+         AND NOT pg_try_advisory_xact_lock_shared(1347571763, $4) \
+     FROM unnest($2::smallint[], $3::integer[]) AS m (lane, epoch)";
+
+const PATIENCE: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(5),
+    Duration::from_millis(25),
+    Duration::from_millis(100),
+];
 
 const IS_SETTLED: &str = "SELECT bool_and(EXISTS (SELECT FROM postbox.settlement s \
          WHERE s.subscription_id = $1 AND s.lane = m.lane AND s.\"offset\" = m.\"offset\")) \
@@ -242,34 +309,36 @@ pub(crate) async fn run_own(
         Err(_) => Err(timed_out(timeout)),
     };
     // From here on what is left of the handler cannot settle any more.
-    match (claim.0.close(), outcome) {
-        (Used::Not, Ok(())) => Verdict::Failed(HandlerError::dead_letter(FORGOTTEN)),
-        (Used::Not | Used::WithoutEffect, outcome) => Verdict::from(outcome),
-        (Used::Refused(Some(code), _), _) if code == STALE => Verdict::Stale,
-        // Nor can a transaction of which a statement failed.
-        (Used::Refused(_, why), Ok(())) => Verdict::Failed(HandlerError::retry(format!(
-            "the handler returned Ok although its message could not be settled: {why}"
-        ))),
-        (Used::Refused(..), Err(failure)) => Verdict::Failed(failure),
-        (Used::Perhaps, outcome) => match (fence.is_settled(&pool).await, outcome) {
-            (Ok(true), outcome) => {
-                if let Err(failure) = outcome {
-                    say(|| {
-                        warn!(
-                            handler = handler.name, error = %failure,
-                            "the handler failed after its transaction had committed: the message is settled"
-                        );
-                    });
-                }
-                Verdict::Settled
+    let used = claim.0.close();
+    let (settled, may_come) = match used {
+        Used::Not if outcome.is_ok() => return Verdict::Failed(HandlerError::dead_letter(FORGOTTEN)),
+        Used::Not | Used::WithoutEffect => return Verdict::from(outcome),
+        Used::Refused(code, why) => return fence.refused(&pool, code.as_deref(), &why, outcome).await,
+        Used::Perhaps => (fence.is_settled(&pool).await, true),
+        Used::Settled => fence.became_of(&pool).await,
+    };
+    let failure = match (settled, outcome) {
+        (Ok(true), outcome) => {
+            if let Err(failure) = outcome {
+                say(|| {
+                    warn!(
+                        handler = handler.name, error = %failure,
+                        "the handler failed after its transaction had committed: the message is settled"
+                    );
+                });
             }
-            (_, Err(failure)) => Verdict::InDoubt(failure),
-            (Ok(false), Ok(())) => Verdict::InDoubt(HandlerError::retry(UNCOMMITTED)),
-            (Err(error), Ok(())) => Verdict::InDoubt(HandlerError::retry(format!(
-                "cannot see whether its transaction was committed: {}",
-                explain(&error)
-            ))),
-        },
+            return Verdict::Settled;
+        }
+        (_, Err(failure)) => failure,
+        (Ok(false), Ok(())) => HandlerError::retry(UNCOMMITTED),
+        (Err(error), Ok(())) => HandlerError::retry(format!(
+            "cannot see whether its transaction was committed: {}",
+            explain(&error)
+        )),
+    };
+    match may_come {
+        true => Verdict::InDoubt(failure),
+        false => Verdict::Failed(failure),
     }
 }
 

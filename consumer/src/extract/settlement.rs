@@ -37,7 +37,8 @@ use crate::outcome::HandlerError;
 /// ```
 ///
 /// # Rules
-/// - The transaction is READ COMMITTED (PB008 otherwise), and its role is granted what a consumer is (`postbox grant ROLE --as consumer`).
+/// - The transaction is of the database that the message comes from, and READ COMMITTED (PB008 otherwise); its role is granted what a consumer is
+///   (`postbox grant ROLE --as consumer`). Not in a savepoint: one that is rolled back takes the settlement with it, and not what was written before.
 /// - Once it is settled a takeover of the message waits for the transaction's end, so commit at once. The server ends it where it is idle for longer than the
 ///   handler's `timeout`.
 /// - A handler that returns `Ok` must have settled and committed. One that did not settle goes to the dead letters, since what it may have committed would
@@ -60,7 +61,9 @@ enum State {
     Open,
     /// It was handed out, and may be settled and committed.
     Taken,
-    /// The database has refused it, so that transaction cannot commit: the code, and what was said.
+    /// So it was, and the database has answered: nothing of it is still to come but the commit.
+    Settled,
+    /// The database has refused it: the code, and what was said.
     Refused(Option<String>, String),
     WithoutEffect,
     /// The run has ended.
@@ -71,11 +74,15 @@ enum State {
 #[derive(Debug)]
 pub(crate) enum Used {
     Not,
-    /// It may have committed.
+    /// It may have committed, or may yet.
     Perhaps,
+    /// The same, and nothing but the commit can be on its way.
+    Settled,
     Refused(Option<String>, String),
     WithoutEffect,
 }
+
+const ENDED: &str = "the run has ended (its time-out has passed, or the handler has returned), so its message cannot be settled any more";
 
 impl Claim {
     pub(crate) fn new(query: Query) -> Arc<Self> {
@@ -90,28 +97,46 @@ impl Claim {
         )
     }
 
+    /// From one state only; says whether it was in that.
+    fn replace(&self, from: &State, to: State) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let was = std::mem::discriminant(&*state) == std::mem::discriminant(from);
+        if was {
+            *state = to;
+        }
+        was
+    }
+
     /// The statement, once, and not after the run's end: a thread that nobody waits for any more must not settle.
     fn take(&self) -> Result<Query, HandlerError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*state {
-            State::Open => {
-                *state = State::Taken;
-                Ok(self.query.clone())
-            }
-            _ => Err(HandlerError::retry(
-                "the run has ended (its time-out has passed, or the handler has returned), so its message cannot be settled any more",
-            )),
+        match self.replace(&State::Open, State::Taken) {
+            true => Ok(self.query.clone()),
+            false => Err(HandlerError::retry(ENDED)),
         }
     }
 
     fn answered(&self, answer: Result<Answer, postbox::Error>) -> Result<(), HandlerError> {
-        let Err(error) = answer else { return Ok(()) };
-        if let postbox::Error::Database(told) = &error
-            && told.code().is_some_and(|code| !code.starts_with("57P"))
-        {
-            self.swap(State::Refused(told.code().map(str::to_owned), told.to_string()));
+        let error = match answer {
+            Ok(_) => {
+                self.replace(&State::Taken, State::Settled);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        match &error {
+            postbox::Error::Database(told) if told.is_refusal() => {
+                self.swap(State::Refused(told.code().map(str::to_owned), told.to_string()));
+                Err(error.into())
+            }
+            // What it wrote is there already, and would be again.
+            postbox::Error::NoTransaction => {
+                self.swap(State::Refused(None, error.to_string()));
+                Err(HandlerError::dead_letter(format!(
+                    "the handler settles outside of a transaction, so what it wrote is not tied to its message: {error}"
+                )))
+            }
+            _ => Err(error.into()),
         }
-        Err(error.into())
     }
 
     /// The run has ended.
@@ -119,6 +144,7 @@ impl Claim {
         match self.swap(State::Closed) {
             State::Open | State::Closed => Used::Not,
             State::Taken => Used::Perhaps,
+            State::Settled => Used::Settled,
             State::Refused(code, why) => Used::Refused(code, why),
             // A layer that answered in the handler's place has no effect either.
             State::Unasked | State::WithoutEffect => Used::WithoutEffect,
@@ -150,6 +176,7 @@ impl Settlement {
     }
 
     /// The same for any other client: the SQL of the transaction's last statement, and its parameters `$1`, `$2`, …, each of which is a `text`. It gives one row.
+    /// Execute it once, and in the transaction: nothing notices if it runs by itself, or again after a commit whose answer was lost.
     ///
     /// # Errors
     ///
@@ -165,10 +192,7 @@ impl Settlement {
 
     /// There is nothing to be written for this message: it is settled when the handler returns `Ok`, as by a handler without a transaction.
     pub fn without_effect(self) {
-        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*state, State::Open) {
-            *state = State::WithoutEffect;
-        }
+        self.0.replace(&State::Open, State::WithoutEffect);
     }
 
     /// One that settles nothing, for a test that calls a handler itself: its statement does nothing in whatever transaction.
@@ -190,10 +214,10 @@ impl Extract for Settlement {
 
     async fn extract(invocation: &mut Invocation) -> Result<Self, HandlerError> {
         match invocation.settlement.take() {
-            Some(claim) => {
-                claim.swap(State::Open);
-                Ok(Self(claim))
-            }
+            Some(claim) => match claim.replace(&State::Unasked, State::Open) {
+                true => Ok(Self(claim)),
+                false => Err(HandlerError::retry(ENDED)),
+            },
             None => Err(HandlerError::retry(
                 "there is nothing to settle here: a group's handler can take one Settlement, and a hook for dead letters none",
             )),
@@ -237,10 +261,21 @@ mod tests {
 
         let claim = asked_for();
         Settlement(claim.clone()).without_effect();
-        assert!(claim.take().is_err(), "it was said that there is nothing to be written");
+        assert!(
+            claim.take().is_err(),
+            "it was said that there is nothing to be written"
+        );
         assert!(matches!(claim.close(), Used::WithoutEffect));
 
         let claim = Claim::new(Query::new("SELECT", Vec::new()));
-        assert!(matches!(claim.close(), Used::WithoutEffect), "who never asked for it");
+        assert!(
+            matches!(claim.close(), Used::WithoutEffect),
+            "who never asked for it"
+        );
+        assert!(
+            !claim.replace(&State::Unasked, State::Open),
+            "a handler that begins after its run"
+        );
+        assert!(claim.take().is_err());
     }
 }

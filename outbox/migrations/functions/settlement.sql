@@ -1,3 +1,4 @@
+-- (A constraint of the same name as the code, since some clients, such as diesel, tell that and not the code.)
 -- Settling messages in the transaction of their handler, under whatever search_path that has, so everything is qualified
 -- (search_path.sql); but unnest() of several arrays, which is syntax and has no other name.
 
@@ -15,8 +16,9 @@ BEGIN
         IF coalesce(handling OPERATOR(pg_catalog.<>) 'on', true) THEN
             RAISE EXCEPTION 'the handler has ended its transaction itself' USING ERRCODE = 'PB006';
         END IF;
-        RAISE EXCEPTION 'a transactional handler must run in READ COMMITTED, not %', pg_catalog.current_setting('transaction_isolation')
-            USING ERRCODE = 'PB008', HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot: do not SET TRANSACTION in a handler.';
+        RAISE EXCEPTION 'a message is settled in READ COMMITTED, not in %: begin its transaction so, and do not SET TRANSACTION in a handler', pg_catalog.current_setting('transaction_isolation')
+            USING ERRCODE = 'PB008', CONSTRAINT = 'PB008',
+                HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot.';
     END IF;
     -- A statement of its own, with a newer snapshot than the lock.
     INSERT INTO postbox.settlement (subscription_id, lane, "offset")
@@ -27,7 +29,7 @@ BEGIN
     -- never flushed may be given anew, so what a session knew is worth nothing without it.
     IF NOT FOUND OR pg_catalog.pg_try_advisory_xact_lock_shared(1347571763, by_consumer) THEN
         RAISE EXCEPTION 'lane % of subscription % is no longer owned by consumer % in epoch %',
-            of_lane, of_subscription, by_consumer, of_epoch USING ERRCODE = 'PB001';
+            of_lane, of_subscription, by_consumer, of_epoch USING ERRCODE = 'PB001', CONSTRAINT = 'PB001';
     END IF;
 END $$;
 COMMENT ON PROCEDURE postbox.settle IS
@@ -45,8 +47,9 @@ BEGIN
         RAISE EXCEPTION 'the handler has ended its transaction itself' USING ERRCODE = 'PB006';
     END IF;
     IF pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.<>) 'read committed' THEN
-        RAISE EXCEPTION 'a transactional handler must run in READ COMMITTED, not %', pg_catalog.current_setting('transaction_isolation')
-            USING ERRCODE = 'PB008', HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot: do not SET TRANSACTION in a handler.';
+        RAISE EXCEPTION 'a message is settled in READ COMMITTED, not in %: begin its transaction so, and do not SET TRANSACTION in a handler', pg_catalog.current_setting('transaction_isolation')
+            USING ERRCODE = 'PB008', CONSTRAINT = 'PB008',
+                HINT = 'The fence must see a takeover that is newer than the transaction''s snapshot.';
     END IF;
     -- As in settle. In order, so that two calls, or a call and a seek, cannot wait for each other.
     PERFORM pg_catalog.pg_advisory_xact_lock_shared(1347571762, of_subscription OPERATOR(pg_catalog.*) 1024 OPERATOR(pg_catalog.+) u.lane)
@@ -57,10 +60,25 @@ BEGIN
         AND l.consumer_id OPERATOR(pg_catalog.=) by_consumer;
     IF mine OPERATOR(pg_catalog.<) pg_catalog.cardinality(of_lanes) OR pg_catalog.pg_try_advisory_xact_lock_shared(1347571763, by_consumer) THEN
         RAISE EXCEPTION 'consumer % no longer owns all of the lanes % of subscription %', by_consumer, of_lanes, of_subscription
-            USING ERRCODE = 'PB001';
+            USING ERRCODE = 'PB001', CONSTRAINT = 'PB001';
     END IF;
     INSERT INTO postbox.settlement (subscription_id, lane, "offset")
     SELECT of_subscription, u.lane, u."offset" FROM unnest(lanes_of_offsets, offsets) AS u (lane, "offset");
 END $$;
 COMMENT ON FUNCTION postbox.settle_batch IS
     'As postbox.settle, for messages of several lanes: all of them, or none if any of the lanes has another owner.';
+
+CREATE OR REPLACE FUNCTION postbox.idle_for_at_most(milliseconds integer) RETURNS text
+    LANGUAGE plpgsql AS $$
+DECLARE
+    now_it_is text := pg_catalog.current_setting('idle_in_transaction_session_timeout');
+BEGIN
+    IF now_it_is OPERATOR(pg_catalog.=) '0'
+        OR now_it_is::interval OPERATOR(pg_catalog.>) (milliseconds::pg_catalog.text OPERATOR(pg_catalog.||) ' ms')::interval
+    THEN
+        RETURN pg_catalog.set_config('idle_in_transaction_session_timeout', milliseconds::pg_catalog.text, true);
+    END IF;
+    RETURN now_it_is;
+END $$;
+COMMENT ON FUNCTION postbox.idle_for_at_most IS
+    'Has the server end this transaction if it is idle for so long, unless it does so earlier: what is settled and not committed holds off whoever takes the lane over.';

@@ -21,6 +21,7 @@ use std::fmt;
 use diesel::connection::{Connection, LoadConnection, TransactionManager, TransactionManagerStatus};
 use diesel::pg::Pg;
 use diesel::query_builder::{AstPass, QueryFragment, QueryId};
+use diesel::result::DatabaseErrorKind as Kind;
 use diesel::result::Error::QueryBuilderError as Refused;
 use diesel::sql_types::{Array, Binary, Nullable, Text};
 use diesel::{QueryResult, RunQueryDsl};
@@ -169,17 +170,28 @@ impl<C> RunQueryDsl<C> for Bound {}
 
 impl From<diesel::result::Error> for DatabaseError {
     fn from(error: diesel::result::Error) -> Self {
-        Self::new(code(&error).map(str::to_owned), error.to_string(), error)
+        let answered = matches!(&error, diesel::result::Error::DatabaseError(kind, _)
+            if !matches!(kind, Kind::ClosedConnection | Kind::UnableToSendCommand));
+        let told = Self::new(code(&error), error.to_string(), error);
+        match answered {
+            true => told.answered(),
+            false => told,
+        }
     }
 }
 
-/// diesel keeps the server's code to itself, and tells some kinds.
-fn code(error: &diesel::result::Error) -> Option<&'static str> {
-    use diesel::result::DatabaseErrorKind as Kind;
-    let diesel::result::Error::DatabaseError(kind, _) = error else {
+/// diesel keeps the server's code to itself, and tells some kinds. Postbox's own errors have theirs as the constraint's name too.
+fn code(error: &diesel::result::Error) -> Option<String> {
+    let diesel::result::Error::DatabaseError(kind, told) = error else {
         return None;
     };
-    match kind {
+    if let Some(own) = told
+        .constraint_name()
+        .filter(|name| name.len() == 5 && name.starts_with("PB"))
+    {
+        return Some(own.to_owned());
+    }
+    let code = match kind {
         Kind::UniqueViolation => Some("23505"),
         Kind::ForeignKeyViolation => Some("23503"),
         Kind::NotNullViolation => Some("23502"),
@@ -189,7 +201,8 @@ fn code(error: &diesel::result::Error) -> Option<&'static str> {
         Kind::SerializationFailure => Some("40001"),
         Kind::ReadOnlyTransaction => Some("25006"),
         _ => None,
-    }
+    };
+    code.map(str::to_owned)
 }
 
 impl From<diesel::result::Error> for Error {

@@ -16,6 +16,8 @@ pub struct DatabaseError(Box<Reported>);
 
 struct Reported {
     code: Option<String>,
+    /// The server has answered, whether its code is known or not.
+    answered: bool,
     text: String,
     source: Box<dyn StdError + Send + Sync>,
 }
@@ -28,6 +30,7 @@ impl DatabaseError {
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Self {
         Self(Box::new(Reported {
+            answered: code.is_some(),
             code,
             text,
             source: source.into(),
@@ -38,6 +41,19 @@ impl DatabaseError {
     pub(crate) fn answer(what: &str) -> Self {
         let text = format!("the server answered with {what}");
         Self::new(None, text.clone(), text)
+    }
+
+    /// It is the server's answer, of which the client does not tell the code.
+    #[cfg(feature = "diesel")]
+    pub(crate) fn answered(mut self) -> Self {
+        self.0.answered = true;
+        self
+    }
+
+    /// The server has refused the statement, and goes on: it has neither gone down (57P) nor been lost.
+    #[doc(hidden)]
+    pub fn is_refusal(&self) -> bool {
+        self.0.answered && !self.code().is_some_and(|code| code.starts_with("57P"))
     }
 
     /// The server's five-character code (SQLSTATE), if the server has answered: see

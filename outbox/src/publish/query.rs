@@ -63,6 +63,11 @@ impl Answer {
         }
     }
 
+    #[cfg(feature = "cron")]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(crate) fn yes_or_no(&self) -> Result<bool> {
         match self.one()? {
             Some("true" | "t") => Ok(true),

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::support::{PATIENCE, Step, bench, publish_steps, settled, step, steps};
+use diesel_async::AsyncConnection;
 use postbox::{Outgoing, Publish};
 use postbox_consumer::{Batch, Consumer, Delivery, HandlerError, Settlement, State, handler, handlers};
-use postbox_testkit::eventually;
-use sqlx::{PgConnection, PgPool};
+use postbox_testkit::{TestDatabase, eventually};
+use sqlx::{ConnectOptions, PgConnection, PgPool};
 use tokio::sync::Notify;
 
 const TABLES: &str = "CREATE TABLE effect (id bigserial, key text, n bigint)";
@@ -273,6 +274,111 @@ async fn a_handler_that_does_not_settle_or_does_not_commit_is_told_so() {
         1,
         "what was committed without a settlement is there once, since it was not tried again"
     );
+}
+
+#[handler(group = "astray", retry(max_attempts = 3, backoff = "fixed(10ms)"))]
+async fn astray(
+    step: Step,
+    settlement: Settlement,
+    State(Own(elsewhere)): State<Own>,
+    State(runs): State<Arc<AtomicU64>>,
+) -> Result<(), HandlerError> {
+    runs.fetch_add(1, Ordering::SeqCst);
+    if step.key == "another database" {
+        let mut tx = elsewhere.begin().await?;
+        settlement.settle(&mut tx).await?;
+        tx.commit().await?;
+    } else {
+        let url = elsewhere.connect_options().to_url_lossy();
+        let mut connection = diesel_async::AsyncPgConnection::establish(url.as_str()).await?;
+        settlement.settle(&mut connection).await?;
+    }
+    Ok(())
+}
+
+/// Trying again helps neither, and repeats what was written.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_settles_elsewhere_or_outside_of_a_transaction_is_told_so_at_once() {
+    let bench = bench().await;
+    let elsewhere = TestDatabase::new().await.unwrap();
+    let runs = Arc::new(AtomicU64::new(0));
+    let consumer = bench
+        .consumer(handlers![astray])
+        .state(runs.clone())
+        .state(Own(elsewhere.connect_pool(2)));
+    let _consumer = consumer.start().await.unwrap();
+    for (key, says) in [
+        ("another database", "in a transaction of another database"),
+        ("no transaction", "outside of a transaction"),
+    ] {
+        runs.store(0, Ordering::SeqCst);
+        bench.sql("DELETE FROM postbox.dead_letter").await;
+        publish_steps(bench.db.pool(), &[step(key, 0)]).await;
+        settled(bench.db.pool(), "astray").await;
+        assert_eq!(runs.load(Ordering::SeqCst), 1, "{key}");
+        let reason: String = sqlx::query_scalar("SELECT reason FROM postbox.dead_letter")
+            .fetch_one(bench.db.pool())
+            .await
+            .unwrap();
+        assert!(reason.contains(says), "{key}: {reason}");
+    }
+}
+
+#[handler(group = "lasting", retry(max_attempts = 5, backoff = "fixed(10ms)"))]
+async fn lasting(
+    step: Step,
+    delivery: Delivery,
+    settlement: Settlement,
+    State(Own(pool)): State<Own>,
+) -> Result<(), HandlerError> {
+    let mut tx = pool.begin().await?;
+    write(&mut tx, &step).await?;
+    settlement.settle(&mut tx).await?;
+    // As a client that takes its time to roll back.
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        drop(tx);
+    });
+    match delivery.attempt {
+        1 => Err(HandlerError::retry("the first time")),
+        _ => Err(HandlerError::dead_letter("the second time")),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_handler_says_of_a_message_counts_though_its_transaction_ends_later() {
+    let bench = bench().await;
+    bench.sql(TABLES).await;
+    let consumer = bench
+        .consumer(handlers![lasting])
+        .state(Own(bench.db.connect_pool(4)));
+    let _consumer = consumer.start().await.unwrap();
+    publish_steps(bench.db.pool(), &[step("k", 0)]).await;
+    settled(bench.db.pool(), "lasting").await;
+    let (attempts, reason): (i32, String) =
+        sqlx::query_as("SELECT attempts, reason FROM postbox.dead_letter")
+            .fetch_one(bench.db.pool())
+            .await
+            .unwrap();
+    assert_eq!((attempts, reason.as_str()), (2, "the second time"));
+    assert_eq!(bench.number("SELECT count(*) FROM effect").await, 0);
+}
+
+#[tokio::test]
+async fn a_transaction_that_may_be_idle_for_less_is_left_so() {
+    let bench = bench().await;
+    for (set, is) in [("0", "5s"), ("1s", "1s"), ("1min", "5s"), ("500ms", "500ms")] {
+        let mut tx = bench.db.pool().begin().await.unwrap();
+        let sql = "SELECT set_config('idle_in_transaction_session_timeout', $1, true)";
+        sqlx::query(sql).bind(set).execute(&mut *tx).await.unwrap();
+        sqlx::query("SELECT postbox.idle_for_at_most(5000)")
+            .execute(&mut *tx)
+            .await
+            .unwrap();
+        let sql = "SELECT current_setting('idle_in_transaction_session_timeout')";
+        let now: String = sqlx::query_scalar(sql).fetch_one(&mut *tx).await.unwrap();
+        assert_eq!(now, is, "{set}");
+    }
 }
 
 #[derive(Clone)]
