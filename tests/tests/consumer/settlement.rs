@@ -10,7 +10,7 @@ use diesel_async::AsyncConnection;
 use postbox::{Outgoing, Publish};
 use postbox_consumer::{Batch, Consumer, Delivery, HandlerError, Settlement, State, handler, handlers};
 use postbox_testkit::{TestDatabase, eventually};
-use sqlx::{ConnectOptions, PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool};
 use tokio::sync::Notify;
 
 const TABLES: &str = "CREATE TABLE effect (id bigserial, key text, n bigint)";
@@ -281,6 +281,7 @@ async fn astray(
     step: Step,
     settlement: Settlement,
     State(Own(elsewhere)): State<Own>,
+    State(url): State<Arc<str>>,
     State(runs): State<Arc<AtomicU64>>,
 ) -> Result<(), HandlerError> {
     runs.fetch_add(1, Ordering::SeqCst);
@@ -289,8 +290,7 @@ async fn astray(
         settlement.settle(&mut tx).await?;
         tx.commit().await?;
     } else {
-        let url = elsewhere.connect_options().to_url_lossy();
-        let mut connection = diesel_async::AsyncPgConnection::establish(url.as_str()).await?;
+        let mut connection = diesel_async::AsyncPgConnection::establish(&url).await?;
         settlement.settle(&mut connection).await?;
     }
     Ok(())
@@ -305,6 +305,7 @@ async fn who_settles_elsewhere_or_outside_of_a_transaction_is_told_so_at_once() 
     let consumer = bench
         .consumer(handlers![astray])
         .state(runs.clone())
+        .state(Arc::<str>::from(bench.db.url()))
         .state(Own(elsewhere.connect_pool(2)));
     let _consumer = consumer.start().await.unwrap();
     for (key, says) in [
@@ -360,7 +361,10 @@ async fn what_a_handler_says_of_a_message_counts_though_its_transaction_ends_lat
             .fetch_one(bench.db.pool())
             .await
             .unwrap();
-    assert_eq!((attempts, reason.as_str()), (2, "the second time"));
+    assert!(
+        attempts == 2 && reason.contains("the second time"),
+        "{attempts}: {reason}"
+    );
     assert_eq!(bench.number("SELECT count(*) FROM effect").await, 0);
 }
 
