@@ -79,7 +79,7 @@ pub async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), sqlx::Error
         let first = backend(&mut one).await?;
         for _ in 0..3 {
             let before = backend(&mut one).await?;
-            sqlx::raw_sql("BEGIN READ ONLY").execute(&mut other).await?;
+            sqlx::raw_sql(BEGIN).execute(&mut other).await?;
             let meanwhile = backend(&mut other).await?;
             let after = backend(&mut one).await?;
             sqlx::raw_sql("ROLLBACK").execute(&mut other).await?;
@@ -107,6 +107,8 @@ pub async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), sqlx::Error
     }
 }
 
+/// These connections are set up by nobody, and the other one is asked meanwhile.
+const BEGIN: &str = "BEGIN READ ONLY; SET LOCAL idle_in_transaction_session_timeout = '1min'";
 const PREPARE: &str = "PREPARE postbox_session AS SELECT 1";
 const EXECUTE: &str = "EXECUTE postbox_session";
 const FORGET: &str = "DEALLOCATE postbox_session";

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::proxy::Proxy;
 use crate::support::{PATIENCE, Step, step};
 use chrono::Utc;
 use postbox::{Outgoing, Publish};
@@ -11,6 +12,7 @@ use postbox_consumer::{Consumer, Delivery, HandlerError, State, Tx, handler, han
 use postbox_core::link;
 use postbox_dispatcher::{Dispatcher, doctor, retention, status};
 use postbox_testkit::{TestDatabase, eventually};
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{Connection, PgPool};
 
 /// What the handlers saw: names and numbers, with what their transactions were like.
@@ -150,6 +152,61 @@ async fn migrating_works_whatever_database_and_role_default_to() {
         postbox::migrate(&bare).await.unwrap(),
         postbox::Migrated::default()
     );
+}
+
+#[handler(group = "plain")]
+async fn plain(step: Step, State(seen): State<Seen>) {
+    seen.lock().unwrap().push(format!("plain {}", step.n));
+}
+
+/// Nothing may count on being faster than that: another machine, or a busier one, is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn where_a_transaction_may_be_idle_for_a_millisecond_only_all_starts_and_works() {
+    let db = TestDatabase::new().await.unwrap();
+    let name = db
+        .pool()
+        .connect_options()
+        .get_database()
+        .unwrap_or_default()
+        .to_owned();
+    let set = format!("ALTER DATABASE \"{name}\" SET idle_in_transaction_session_timeout = '1ms'");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(set))
+        .execute(db.pool())
+        .await
+        .unwrap();
+    // A network that takes longer.
+    let options = db.pool().connect_options();
+    let proxy = Proxy::to(&options).await;
+    proxy.slow(Duration::from_millis(5));
+    let pool = || {
+        PgPoolOptions::new()
+            .max_connections(4)
+            .connect_lazy_with(proxy.options(&options))
+    };
+    let dispatcher = Dispatcher::new(pool()).start().await.unwrap();
+    let seen = Seen::default();
+    for round in 0..2 {
+        let consumer = Consumer::new(pool())
+            .handlers(handlers![plain])
+            .state(seen.clone())
+            .start()
+            .await
+            .unwrap_or_else(|error| panic!("round {round}: {error}"));
+        // The pool is older than the setting.
+        let mut tx = db.pool().begin().await.unwrap();
+        tx.publish(&step("k", round)).await.unwrap();
+        tx.commit().await.unwrap();
+        eventually(PATIENCE, || async {
+            let seen = seen.lock().unwrap();
+            match seen.contains(&format!("plain {round}")) {
+                true => Ok(()),
+                false => Err(format!("{seen:?}")),
+            }
+        })
+        .await;
+        consumer.shutdown().await.unwrap();
+    }
+    dispatcher.shutdown().await;
 }
 
 #[tokio::test]

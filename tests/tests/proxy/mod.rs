@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use sqlx::postgres::PgConnectOptions;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -21,6 +22,8 @@ struct State {
     /// Those before this one lose what is sent to the server, and what it answers.
     lost_up: AtomicU64,
     lost_down: AtomicU64,
+    /// All that is sent comes so many milliseconds later.
+    delay: AtomicU64,
     /// New ones lose all, too.
     is_dark: AtomicBool,
 }
@@ -60,6 +63,11 @@ impl Proxy {
         options.clone().host("127.0.0.1").port(self.port)
     }
 
+    /// All that is sent comes later by this.
+    pub fn slow(&self, by: Duration) {
+        self.state.delay.store(by.as_millis() as u64, Ordering::SeqCst);
+    }
+
     /// All connections that there are lose everything from now on, for good. New ones are well.
     pub fn lose(&self, way: Way) {
         let now = self.state.connections.load(Ordering::SeqCst);
@@ -94,6 +102,10 @@ async fn carry(
             true => &state.lost_up,
             false => &state.lost_down,
         };
+        let delay = Duration::from_millis(state.delay.load(Ordering::SeqCst));
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
+        }
         has_lost |= number < lost.load(Ordering::SeqCst) || state.is_dark.load(Ordering::SeqCst);
         match (read, has_lost) {
             (0, true) => std::future::pending::<()>().await,
