@@ -116,7 +116,7 @@ fn plan(handled: &Arc<Handled>, waits: bool) -> Arc<Plan> {
     };
     let states = Arc::new(States::default());
     let clock = Arc::new(DatabaseClock::default());
-    let subscriptions = plan_all(&[handler], &settings, &states, &nowhere(), &clock);
+    let subscriptions = plan_all(&[handler], &settings, &states, (&nowhere(), &nowhere()), &clock);
     subscriptions.expect("it is a valid handler")[0].plan.clone()
 }
 
