@@ -11,7 +11,7 @@ use chrono::{DateTime, Utc};
 
 pub use self::query::{Answer, Bind, Query};
 #[cfg(feature = "sqlx")]
-pub(crate) use self::query::{batch_len, lock_keys_of, one_type, storable, up_to_the_last};
+pub(crate) use self::query::{batch_len, lock_keys, one_type, storable, up_to_the_last};
 use self::query::{cancel, reschedule, steps};
 #[cfg(feature = "cron")]
 use crate::cron::Cron;

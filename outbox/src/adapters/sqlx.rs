@@ -9,7 +9,7 @@ use crate::error::{DatabaseError, Error, Result};
 use crate::id::MessageId;
 use crate::outgoing::{DEFAULT_DEDUP_WINDOW, Valid, When};
 use crate::publish::{
-    Answer, Bind, OpenTransaction, Query, batch_len, lock_keys_of, one_type, storable, up_to_the_last,
+    Answer, Bind, OpenTransaction, Query, batch_len, lock_keys, one_type, storable, up_to_the_last,
 };
 
 /// What has a transaction of sqlx open.
@@ -143,11 +143,6 @@ const PUBLISH_EACH: &str = "SELECT postbox.publish_bytes(id => m.id, topic => m.
          expires_in, n) \
      ORDER BY m.n";
 
-/// In the order of the locks, so that two batches cannot deadlock on them. (Not of the keys: different ones may share a lock.)
-const LOCK_KEYS: &str = "SELECT postbox.order_lock(k.topic, k.key, k.keys OPERATOR(pg_catalog.>) 64) \
-     FROM (SELECT u.topic, u.key, pg_catalog.count(*) OVER () AS keys FROM unnest($1::pg_catalog.text[], $2::pg_catalog.text[]) AS u (topic, key) \
-         ORDER BY postbox.order_hash(u.topic, u.key) OPERATOR(pg_catalog.&) 127, postbox.order_hash(u.topic, u.key)) k";
-
 async fn publish_one(connection: &mut PgConnection, message: Valid) -> Result<MessageId> {
     if !message.is_plain() {
         let ids = publish_batch(connection, vec![message]).await?;
@@ -168,7 +163,9 @@ async fn publish_one(connection: &mut PgConnection, message: Valid) -> Result<Me
 }
 
 async fn publish_batch(connection: &mut PgConnection, messages: Vec<Valid>) -> Result<Vec<MessageId>> {
-    lock_keys(connection, &messages).await?;
+    if let Some(locks) = lock_keys(&messages) {
+        run(connection, locks).await?;
+    }
     let mut ids = Vec::with_capacity(messages.len());
     let mut rest = messages.as_slice();
     while !rest.is_empty() {
@@ -180,18 +177,6 @@ async fn publish_batch(connection: &mut PgConnection, messages: Vec<Valid>) -> R
         rest = others;
     }
     Ok(ids)
-}
-
-async fn lock_keys(connection: &mut PgConnection, messages: &[Valid]) -> Result<()> {
-    let Some((topics, keys)) = lock_keys_of(messages) else {
-        return Ok(());
-    };
-    sqlx::query(LOCK_KEYS)
-        .bind(topics)
-        .bind(keys)
-        .execute(connection)
-        .await?;
-    Ok(())
 }
 
 /// A column of a batch, as `unnest` takes it.

@@ -218,20 +218,19 @@ pub(crate) fn batch_len(messages: &[Valid]) -> usize {
     messages.iter().take(BATCH_ROWS).take_while(fits).count().max(1)
 }
 
-/// Topics and keys to be locked, if there are any.
-pub(crate) fn lock_keys_of(messages: &[Valid]) -> Option<(Vec<&str>, Vec<Option<&str>>)> {
+/// Takes the locks of those that are ordered, if there are any.
+pub(crate) fn lock_keys(messages: &[Valid]) -> Option<Query> {
     let keys: BTreeSet<(&str, Option<&str>)> = messages
         .iter()
         .filter(|m| m.ordered)
         .map(|m| (m.topic.as_ref(), m.key.as_deref()))
         .collect();
-    (!keys.is_empty()).then(|| keys.into_iter().unzip())
-}
-
-fn lock_keys(messages: &[Valid]) -> Option<Query> {
-    let (topics, keys) = lock_keys_of(messages)?;
-    let topics = topics.into_iter().map(|topic| Some(topic.to_owned())).collect();
-    let keys = keys.into_iter().map(|key| key.map(str::to_owned)).collect();
+    if keys.is_empty() {
+        return None;
+    }
+    let (topics, keys) = (keys.into_iter())
+        .map(|(topic, key)| (Some(topic.to_owned()), key.map(str::to_owned)))
+        .unzip();
     Some(Query::new(
         LOCK_KEYS,
         vec![Bind::Texts(topics), Bind::Texts(keys)],

@@ -15,17 +15,16 @@ impl ValidCron {
     pub(crate) fn register(&self, fired: &Answer) -> Result<Query> {
         let message = &self.message;
         let next = next(&fired.0, &self.schedule)?;
-        let text = |text: Option<&str>| Bind::Text(text.map(str::to_owned));
         let parameters = vec![
-            Bind::Text(Some(self.name.clone())),
-            Bind::Text(Some(self.schedule.expression().to_string())),
-            Bind::Text(Some(self.schedule.time_zone().to_string())),
-            text(Some(self.missed.as_str())),
-            text(Some(&message.topic)),
-            text(message.message_type.as_deref()),
-            text(message.key.as_deref()),
+            Bind::text(self.name.as_str()),
+            Bind::text(self.schedule.expression()),
+            Bind::text(self.schedule.time_zone()),
+            Bind::text(self.missed.as_str()),
+            Bind::text(message.topic.as_ref()),
+            Bind::maybe(message.message_type.as_deref()),
+            Bind::maybe(message.key.as_deref()),
             Bind::Text(message.headers.as_ref().map(ToString::to_string)),
-            text(message.content_type.as_deref()),
+            Bind::maybe(message.content_type.as_deref()),
             Bind::Bytes(message.payload.clone()),
             Bind::Text(message.expiry.and_then(When::span).map(interval)),
             Bind::Text(next.map(instant)),
