@@ -69,6 +69,10 @@ pub(crate) struct Args {
     /// Only messages of this type; may be given again. The group skips all others, for good [default: all]
     #[arg(long = "type", value_name = "TYPE", value_parser = name)]
     types: Vec<String>,
+    /// Only messages of which this says true, in SQL/JSON path over {headers, payload, key, type}, such as '$.payload.total > 100'. The group skips all
+    /// others, for good [default: all]
+    #[arg(long, value_name = "CONDITION")]
+    filter: Option<String>,
     /// What is handled one after another: messages of one key, all messages of the topic, or none
     #[arg(long, value_enum, default_value_t = OrderArg::Key)]
     order: OrderArg,
@@ -195,6 +199,9 @@ impl Args {
             Some(group) => handler.group(group.clone()),
             None => handler.broadcast(),
         };
+        if let Some(filter) = &self.filter {
+            handler = handler.filter(filter.clone());
+        }
         if let Some(start) = self.from {
             handler = handler.start(start);
         }

@@ -124,7 +124,7 @@ fn topics(topics: &[TopicStatus]) -> Table {
 fn subscriptions(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Table {
     let heads = [
         "group", "topic", "order", "lanes", "position", "next", "lag", "backlog", "oldest", "retrying",
-        "parked", "waiting", "halted", "dead", "unknown", "breaker", "kept by",
+        "parked", "waiting", "halted", "dead", "filtered", "unknown", "breaker", "kept by",
     ];
     let mut table = Table::new("Subscriptions", &heads);
     for subscription in subscriptions {
@@ -146,6 +146,7 @@ fn subscriptions(subscriptions: &[SubscriptionStatus], now: DateTime<Utc>) -> Ta
             waiting(subscription).into(),
             subscription.halted.into(),
             subscription.dead.into(),
+            subscription.filtered.into(),
             subscription.unknown.into(),
             subscription
                 .breaker

@@ -24,6 +24,7 @@ use crate::clock::DatabaseClock;
 use crate::cron;
 use crate::error::Error;
 use crate::extract::Invocation;
+use crate::handler::filter::FiltersOfTopics;
 use crate::handler::{HandlerDefinition, UnknownType};
 use crate::layer::{self, HandlerService, Run};
 use crate::outcome::HandlerError;
@@ -232,12 +233,15 @@ impl Consumer {
         let states = Arc::new(self.states);
         let clock = Arc::new(DatabaseClock::default());
         let crons = cron::read_all(&self.definitions)?;
+        let filters = FiltersOfTopics::read(&own, &self.definitions);
+        let filters = link::in_time(link::CONNECT_TIMEOUT, "reading filters", filters).await?;
         let subscriptions = Arc::new(plan_all(
             &self.definitions,
             &self.settings,
             &states,
             (&self.pool, &own),
             &clock,
+            &filters,
         )?);
         let register = cron::register_all(&own, crons);
         link::in_time(link::CONNECT_TIMEOUT, "registering schedules", register).await?;
@@ -324,6 +328,8 @@ pub struct SubscriptionStats {
     pub retrying: u64,
     /// Messages that expired before they were handled.
     pub expired: u64,
+    /// Messages that their handler's [`filter`](crate::HandlerDefinition::filter) does not want, which were passed.
+    pub filtered: u64,
     /// Messages given up since it started.
     pub dead: u64,
     /// Messages given up whose keys wait for an operator.
@@ -380,6 +386,7 @@ impl ConsumerHandle {
                 unknown: counters.unknown.load(Ordering::Relaxed),
                 retrying: counters.retrying.load(Ordering::Relaxed),
                 expired: counters.expired.load(Ordering::Relaxed),
+                filtered: counters.filtered.load(Ordering::Relaxed),
                 dead: counters.dead.load(Ordering::Relaxed),
                 halted: counters.halted.load(Ordering::Relaxed),
                 breaker_open: counters.intake() == Intake::Open,

@@ -83,6 +83,16 @@ pub enum Error {
         /// What is wrong.
         source: postbox::Error,
     },
+    /// A handler's filter cannot be read, or is no condition.
+    #[error("handler {handler}: filter {filter:?}: {why}")]
+    Filter {
+        /// The handler.
+        handler: &'static str,
+        /// Its filter.
+        filter: String,
+        /// What is wrong, and where.
+        why: String,
+    },
     /// Two handlers of one group take the same messages.
     #[error("handlers {first} and {second} of group {group:?} both take {}", match message_type { Some(name) => format!("type {name:?}"), None => "every type".to_owned() })]
     DuplicateHandler {

@@ -263,7 +263,7 @@ impl Executor {
                 self.next_in_quarantine();
                 self.types.look_again();
             }
-            Command::Orphans(types) => self.orphaned(types),
+            Command::Orphans { types, unread } => self.orphaned(types, unread),
             Command::Served { lanes, types } => self.served(&lanes, &types),
             Command::Advance(span) => self.advance(span),
             Command::Resync => self.resync().await,

@@ -1,6 +1,7 @@
 //! What a handler is: which messages it takes and how it is run.
 
 pub(crate) mod failures;
+pub(crate) mod filter;
 mod hook;
 mod options;
 pub(crate) mod retry;
@@ -42,6 +43,8 @@ pub struct HandlerDefinition {
     /// As an option says it.
     pub(crate) topic: Option<String>,
     pub(crate) types: Vec<String>,
+    /// A condition in SQL/JSON path.
+    pub(crate) filter: Option<String>,
     /// Of which group's dead letters it is.
     pub(crate) dead_letters_of: Option<String>,
     pub(crate) concurrency: Option<usize>,
@@ -76,6 +79,7 @@ impl HandlerDefinition {
             audience: None,
             topic: None,
             types: Vec::new(),
+            filter: None,
             dead_letters_of: None,
             concurrency: None,
             order: None,
@@ -136,6 +140,19 @@ impl HandlerDefinition {
     /// A message type that it takes, instead of those that an argument says. Without any it takes every type of the topic, and untyped messages.
     pub fn message_type(mut self, message_type: impl Into<String>) -> Self {
         self.types.push(message_type.into());
+        self
+    }
+
+    /// Which messages it wants of those that it takes (default: all): a condition in PostgreSQL's [SQL/JSON path language] over a document with `headers`,
+    /// `payload` (where it is JSON), `key` and `type`, such as `$.headers.region == "EU" && $.payload.total > 100`. The server compares messages with
+    /// it as they are read. What it does not say true of is passed without being run, and counted (`filtered`). It is in code as the handler is: it
+    /// applies from where the group stands when an instance with another one owns the lane; what has failed before runs again all the same.
+    ///
+    /// A condition that cannot be read is an error of [`Consumer::start`](crate::Consumer::start), with its position.
+    ///
+    /// [SQL/JSON path language]: https://www.postgresql.org/docs/current/functions-json.html#FUNCTIONS-SQLJSON-PATH
+    pub fn filter(mut self, condition: impl Into<String>) -> Self {
+        self.filter = Some(condition.into());
         self
     }
 

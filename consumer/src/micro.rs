@@ -12,6 +12,7 @@ use tokio::sync::{Notify, mpsc};
 use crate::clock::DatabaseClock;
 use crate::executor::{Claim, Command, Executor, Plan};
 use crate::handler::UnknownType;
+use crate::handler::filter::FiltersOfTopics;
 use crate::handler::{HandlerDefinition, MessageOrder};
 use crate::ids::{Epoch, Lane};
 use crate::lane::OwnedLane;
@@ -53,6 +54,7 @@ impl Pipeline {
         let plan = plan(&handled, waits);
         let log = Arc::new(TopicLog::new(
             plan.topic.clone(),
+            Arc::default(),
             Arc::new(Readers::new(PgConnectOptions::new())),
         ));
         for base in (0..BLOCKS).map(|n| n * BLOCK) {
@@ -116,7 +118,14 @@ fn plan(handled: &Arc<Handled>, waits: bool) -> Arc<Plan> {
     };
     let states = Arc::new(States::default());
     let clock = Arc::new(DatabaseClock::default());
-    let subscriptions = plan_all(&[handler], &settings, &states, (&nowhere(), &nowhere()), &clock);
+    let subscriptions = plan_all(
+        &[handler],
+        &settings,
+        &states,
+        (&nowhere(), &nowhere()),
+        &clock,
+        &FiltersOfTopics::default(),
+    );
     subscriptions.expect("it is a valid handler")[0].plan.clone()
 }
 
@@ -134,6 +143,7 @@ fn message(n: i64, keys: i32) -> StoredMessage {
         payload: br#"{"order_id":42,"total_cents":1999}"#.as_slice().into(),
         published_at: chrono::Utc::now(),
         expires_at: None,
+        refused_by: Box::default(),
         unreadable: None,
     }
 }
@@ -146,6 +156,7 @@ fn segment(base: i64, messages: &[StoredMessage]) -> Option<Segment> {
         list(&|_| "1".to_owned()),
         list(&|message| message.seq.to_string()),
         list(&|message| message.key_hash.unwrap_or_default().to_string()),
+        list(&|_| "-".to_owned()),
     ];
     Segment::parse(base + messages.len() as i64, &place.join(":"))
 }

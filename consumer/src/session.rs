@@ -135,9 +135,10 @@ const REGISTER: &str = "SELECT postbox.register($1, $2, $3, make_interval(secs =
 /// From now on it claims nothing more.
 const LEAVE: &str = "UPDATE postbox.consumer SET leaving = true WHERE id = $1";
 
-/// Finds the subscription or makes it, and notes what the code says of its pace.
-const SUBSCRIBE: &str = "SELECT s.id, s.lanes, s.order_mode FROM postbox.subscribe($1, $2, $3, $4, $5, $6, $7) s, \
-     postbox.pace_in_code(s.id, $8, $9, $10)";
+/// Finds the subscription or makes it, and notes what the code says of its pace and its filters.
+const SUBSCRIBE: &str = "SELECT s.id, s.lanes, s.order_mode, f.changed_at \
+     FROM postbox.subscribe($1, $2, $3, $4, $5, $6, $7) s, postbox.pace_in_code(s.id, $8, $9, $10), \
+         postbox.filters_in_code(s.id, $11, $12) AS f (changed_at)";
 
 const HEARTBEAT: &str = "SELECT postbox.heartbeat($1, $2, $3)";
 
@@ -388,6 +389,8 @@ fn report(process: &Process) -> serde_json::Value {
                 "expired": plan.counters.expired.load(Ordering::Relaxed),
                 "dead": plan.counters.dead.load(Ordering::Relaxed),
                 "halted": plan.counters.halted.load(Ordering::Relaxed),
+                "filtered": plan.counters.filtered.load(Ordering::Relaxed),
+                "filters": plan.router.filters(),
                 "unknown": plan.counters.unknown.load(Ordering::Relaxed),
                 "unknown_types": plan.counters.unknown_types(),
                 "breaker": plan.counters.intake().as_str(),

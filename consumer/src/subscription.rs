@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use postbox::log::Filters;
 use postbox::{Position, is_name};
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
@@ -14,6 +15,7 @@ use crate::connections::{self, Share};
 use crate::error::Error;
 use crate::executor::{Plan, Transactions};
 use crate::handler::UnknownType;
+use crate::handler::filter::FiltersOfTopics;
 use crate::handler::retry::Retry;
 use crate::handler::router::{Handler, Router};
 use crate::handler::{Audience, HandlerDefinition, MessageOrder};
@@ -71,6 +73,7 @@ pub(crate) fn plan_all(
     states: &Arc<States>,
     (pool, upkeep): (&PgPool, &PgPool),
     clock: &Arc<DatabaseClock>,
+    filters: &FiltersOfTopics,
 ) -> Result<Vec<Subscription>, Error> {
     let mut families: Vec<Family<'_>> = Vec::new();
     for definition in definitions {
@@ -118,6 +121,7 @@ pub(crate) fn plan_all(
                 (hooks_pool, upkeep),
                 &quarantine,
                 clock,
+                filters,
             )
         })
         .collect()
@@ -258,6 +262,7 @@ impl Family<'_> {
         (hooks_pool, upkeep): (&PgPool, &PgPool),
         quarantine: &Arc<Semaphore>,
         clock: &Arc<DatabaseClock>,
+        filters: &FiltersOfTopics,
     ) -> Result<Subscription, Error> {
         let kind = match self.audience {
             Audience::Group(_) => Kind::Group,
@@ -335,9 +340,10 @@ impl Family<'_> {
             HOOKS_AT_ONCE
         };
 
+        let filters = filters.of(&self.topic);
         let mut router = Router::new();
         for definition in &self.members {
-            let handler = Arc::new(Handler::new(definition).ok_or(Error::NoCall {
+            let handler = Arc::new(Handler::new(definition, &filters).ok_or(Error::NoCall {
                 handler: definition.name,
             })?);
             router
@@ -361,6 +367,7 @@ impl Family<'_> {
                 .max(settings.window),
             batch,
             router,
+            filters,
             unknown_types,
             unknown: Arc::new(refuse_unknown(unknown_types)),
             breaker,
@@ -449,7 +456,7 @@ fn refuse_unknown(policy: UnknownType) -> Handler {
                 })
             })
         });
-    Handler::new(&definition).expect("the definition has a function to call")
+    Handler::new(&definition, &Filters::NONE).expect("the definition has a function to call")
 }
 
 pub(crate) fn log_subscription(subscription: &Subscription) {

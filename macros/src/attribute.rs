@@ -64,17 +64,25 @@ pub(crate) fn name(option: &Ident, example: &str, input: ParseStream<'_>) -> syn
 /// The string in `= "…"` that names a topic, type or group, or a constant or macro that gives one, such as `concat!("a", ".b")`, which is checked when
 /// the consumer starts.
 pub(crate) fn name_or_constant(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<Expr> {
+    let value = text_or_constant(option, example, input)?;
+    if let Expr::Lit(ExprLit {
+        lit: Lit::Str(literal),
+        ..
+    }) = &value
+    {
+        name::check(&option.to_string(), literal)?;
+    }
+    Ok(value)
+}
+
+/// The string in `= "…"`, or a constant or macro that gives one.
+pub(crate) fn text_or_constant(option: &Ident, example: &str, input: ParseStream<'_>) -> syn::Result<Expr> {
     let mend = || format!("`{option}` takes a string: {option} = \"{example}\"");
     let value = value(option, mend, input)?;
     match &value {
-        Expr::Lit(ExprLit {
-            lit: Lit::Str(literal),
-            ..
-        }) => name::check(&option.to_string(), literal)?,
-        Expr::Path(_) | Expr::Macro(_) => {}
-        _ => return Err(syn::Error::new_spanned(value, mend())),
+        Expr::Lit(ExprLit { lit: Lit::Str(_), .. }) | Expr::Path(_) | Expr::Macro(_) => Ok(value),
+        _ => Err(syn::Error::new_spanned(value, mend())),
     }
-    Ok(value)
 }
 
 /// The path in `= "…"`, or as it is.

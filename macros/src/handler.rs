@@ -123,6 +123,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
         rate,
         instance_rate,
         window,
+        filter,
         timeout,
         retry,
         expired,
@@ -144,6 +145,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
     let rate = rate.iter();
     let instance_rate = instance_rate.iter();
     let window = window.iter();
+    let filter = filter.iter();
     let timeout = timeout.map(Interval::expression).into_iter();
     let retry = retry.as_ref().map(Retry::expression).into_iter();
     let expired = expired.iter();
@@ -179,6 +181,7 @@ fn definition(signature: &Signature, arguments: &[&Type], options: &Options) -> 
             #(.rate(#rate))*
             #(.instance_rate(#instance_rate))*
             #(.window(#window))*
+            #(.filter(#filter))*
             #(.timeout(#timeout))*
             #(.retry(#retry))*
             #(.expired(::postbox_consumer::#expired))*
@@ -302,7 +305,7 @@ mod tests {
         let expansion = expansion(
             quote! {
                 group = "inventory", topic = "orders", types = ["a", "b"], concurrency = 64, order = "topic",
-                start = "latest", lanes = LANES, rate = 200, instance_rate = 0.5, window = "22:00-06:00 UTC", timeout = "20s",
+                start = "latest", lanes = LANES, rate = 200, instance_rate = 0.5, window = "22:00-06:00 UTC", filter = "$.key == \"a\"", timeout = "20s",
                 retry(backoff = "linear(1s, 1m)", exhausted = "halt", max_attempts = 8, max_age = "1d"),
                 on_dead_letter = support::tell,
             },
@@ -323,6 +326,7 @@ mod tests {
                 .rate(::core::primitive::f64::from(200))
                 .instance_rate(::core::primitive::f64::from(0.5))
                 .window("22:00-06:00 UTC")
+                .filter("$.key == \"a\"")
                 .timeout(::core::time::Duration::from_millis(20000u64))
                 .retry(
                     ::postbox_consumer::Retry::linear(

@@ -91,10 +91,11 @@ CREATE TABLE postbox.segment (
     xids         xid8[]      NOT NULL,
     seqs         bigint[]    NOT NULL,
     keys         integer[],
+    types        integer[],
     sequenced_at timestamptz NOT NULL DEFAULT postbox.clock()
 ) PARTITION BY LIST (slot);
 COMMENT ON TABLE postbox.segment IS
-    'One row is up to 1,024 consecutive offsets of a topic: where their messages are, and the hashes of their keys. Written by the sequencer, never updated; same ring as the outbox.';
+    'One row is up to 1,024 consecutive offsets of a topic: where their messages are, and the hashes of their keys and types. Written by the sequencer, never updated; same ring as the outbox.';
 COMMENT ON COLUMN postbox.segment.slot IS 'Ring slot of its messages; all of a segment are in one slot.';
 COMMENT ON COLUMN postbox.segment.topic IS 'Topic.';
 COMMENT ON COLUMN postbox.segment.base IS 'Offset of the first message.';
@@ -103,6 +104,7 @@ COMMENT ON COLUMN postbox.segment.bytes IS 'Sum of the payload lengths.';
 COMMENT ON COLUMN postbox.segment.xids IS 'outbox.xid of each message.';
 COMMENT ON COLUMN postbox.segment.seqs IS 'outbox.seq of each message, ascending.';
 COMMENT ON COLUMN postbox.segment.keys IS 'Hash of each message''s key (postbox.key_hash); an element is null where the message has no key, and the array is null where none has.';
+COMMENT ON COLUMN postbox.segment.types IS 'Hash of each message''s type (postbox.key_hash); an element is null where the message has none. One element: all are the same. Null: none has a type.';
 COMMENT ON COLUMN postbox.segment.sequenced_at IS 'When the sequencer appended it.';
 
 CREATE TABLE postbox.tick (
@@ -207,6 +209,25 @@ COMMENT ON TABLE postbox.pause IS
 COMMENT ON COLUMN postbox.pause.group_name IS 'Consumer group; it need not exist yet.';
 COMMENT ON COLUMN postbox.pause.topic IS 'Topic; an empty one: all of the group''s.';
 COMMENT ON COLUMN postbox.pause.paused_at IS 'Since when.';
+
+CREATE TABLE postbox.filter (
+    subscription_id integer     NOT NULL REFERENCES postbox.subscription ON DELETE CASCADE,
+    n               integer     NOT NULL,
+    "offset"        bigint      NOT NULL,
+    filters         jsonb       NOT NULL,
+    since           timestamptz NOT NULL DEFAULT postbox.clock(),
+    instance        text        NOT NULL,
+    PRIMARY KEY (subscription_id, n)
+);
+COMMENT ON TABLE postbox.filter IS
+    'One row is a change of a subscription''s filters, which are in its handlers'' code. Written by consumers as they start; the last hundred are kept.';
+COMMENT ON COLUMN postbox.filter.subscription_id IS 'Subscription.';
+COMMENT ON COLUMN postbox.filter.n IS 'Number of the change: the greatest is the newest.';
+COMMENT ON COLUMN postbox.filter."offset" IS 'From there on it applied: below, everything was settled.';
+COMMENT ON COLUMN postbox.filter.filters IS
+    'By message type, {"order.placed": "$.payload.total > 100"}; null: all are wanted. "*": all types that are not named. "": untyped messages. {}: there is none any more.';
+COMMENT ON COLUMN postbox.filter.since IS 'When it was noted.';
+COMMENT ON COLUMN postbox.filter.instance IS 'Name of the instance that brought it.';
 
 CREATE TABLE postbox.consumer (
     id            integer     PRIMARY KEY DEFAULT postbox.random_id(),
@@ -340,7 +361,7 @@ COMMENT ON COLUMN postbox.dedup.expires_at IS 'End of the window.';
 
 -- Arrays that are too long for a page are not compressed before they go elsewhere: that would be a third of the cost of a large step.
 ALTER TABLE postbox.segment
-    ALTER xids SET STORAGE EXTERNAL, ALTER seqs SET STORAGE EXTERNAL, ALTER keys SET STORAGE EXTERNAL;
+    ALTER xids SET STORAGE EXTERNAL, ALTER seqs SET STORAGE EXTERNAL, ALTER keys SET STORAGE EXTERNAL, ALTER types SET STORAGE EXTERNAL;
 
 ALTER TABLE postbox.checkpoint
     ALTER lanes SET STORAGE EXTERNAL, ALTER epochs SET STORAGE EXTERNAL, ALTER positions SET STORAGE EXTERNAL,

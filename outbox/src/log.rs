@@ -19,82 +19,14 @@ use crate::instant::{MaybeTimestamptz, Timestamptz};
 use crate::json::Json;
 use crate::rules;
 
+mod filters;
 mod isolation;
+mod segment;
 mod xid;
 
+pub use self::filters::Filters;
+pub use self::segment::{SEGMENT, Segment, segments};
 pub use self::xid::Xid;
-
-/// Most messages in one segment.
-pub const SEGMENT: i64 = 1024;
-
-/// Up to 1,024 consecutive offsets of a topic: where their messages are, and the hashes of their keys.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Segment {
-    base: i64,
-    slot: i16,
-    bytes: i64,
-    xids: Vec<Xid>,
-    seqs: Vec<i64>,
-    keys: Option<Vec<Option<i32>>>,
-}
-
-impl Segment {
-    /// What `postbox.step` writes of a segment that ends at `head`: slot, bytes, xids, seqs and hashes of keys; `None` if it is anything else.
-    #[doc(hidden)]
-    pub fn parse(head: i64, place: &str) -> Option<Self> {
-        fn numbers<T: std::str::FromStr>(list: &str) -> Option<Vec<T>> {
-            list.split(',').map(|number| number.parse().ok()).collect()
-        }
-        let mut parts = place.split(':');
-        let (slot, bytes) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-        let xids: Vec<Xid> = numbers(parts.next()?)?.into_iter().map(Xid).collect();
-        let seqs: Vec<i64> = numbers(parts.next()?)?;
-        let keys = parts.next()?.split(',').map(|key| match key {
-            "-" => Some(None),
-            hash => hash.parse().ok().map(Some),
-        });
-        let keys: Vec<Option<i32>> = keys.collect::<Option<_>>()?;
-        let complete = xids.len() == seqs.len() && keys.len() == seqs.len() && parts.next().is_none();
-        complete.then(|| Self {
-            base: head - seqs.len() as i64,
-            slot,
-            bytes,
-            xids,
-            seqs,
-            keys: Some(keys),
-        })
-    }
-
-    /// Offset of its first message.
-    pub fn base(&self) -> Offset {
-        Offset::new(self.base)
-    }
-
-    /// One past its last offset.
-    pub fn end(&self) -> Offset {
-        Offset::new(self.base + self.seqs.len() as i64)
-    }
-
-    /// Mean payload length, in bytes.
-    pub fn mean_bytes(&self) -> usize {
-        usize::try_from(self.bytes).unwrap_or(usize::MAX) / self.seqs.len().max(1)
-    }
-
-    /// The hash of the key of the message at `offset`, which must be in the segment; `None`: no key.
-    pub fn key_hash(&self, offset: Offset) -> Option<i32> {
-        self.keys
-            .as_ref()
-            .and_then(|keys| keys[(offset.get() - self.base) as usize])
-    }
-
-    fn address(&self, offset: i64) -> Address {
-        let n = (offset - self.base) as usize;
-        Address {
-            xid: self.xids[n],
-            seq: self.seqs[n],
-        }
-    }
-}
 
 /// A message as it was published, with its place in the topic.
 #[derive(Debug, Clone)]
@@ -121,6 +53,8 @@ pub struct StoredMessage {
     pub published_at: DateTime<Utc>,
     /// From then on it is not to be handled; `None`: it does not expire.
     pub expires_at: Option<DateTime<Utc>>,
+    /// Which of the [`Filters`] that it was read with it does not satisfy.
+    pub refused_by: Box<[i16]>,
     /// Why its row cannot be read, or which rule it breaks; then only id, place and times say something, and it must not run.
     pub unreadable: Option<Box<str>>,
 }
@@ -140,56 +74,10 @@ impl StoredMessage {
             payload: Box::default(),
             published_at: DateTime::UNIX_EPOCH,
             expires_at: None,
+            refused_by: Box::default(),
             unreadable: Some(reason.into()),
         }
     }
-}
-
-/// From the last segment that begins at or before `from`: under light load segments are small, so `base > from - 1024` would look at many.
-const SEGMENTS: &str = "SELECT base, slot, bytes, xids, seqs, keys FROM postbox.segment \
-     WHERE topic = $1 AND base + count > $2 AND base >= coalesce( \
-         (SELECT s.base FROM postbox.segment s WHERE s.topic = $1 AND s.base <= $2 ORDER BY s.base DESC LIMIT 1), 0) \
-     ORDER BY base LIMIT $3";
-
-/// The segments of a topic from the one that contains `from`, at most `limit`, in order.
-///
-/// # Errors
-///
-/// The database's.
-pub async fn segments(
-    connection: &mut PgConnection,
-    topic: &str,
-    from: Offset,
-    limit: i64,
-) -> Result<Vec<Segment>> {
-    let rows = sqlx::query(SEGMENTS)
-        .bind(topic)
-        .bind(from.get())
-        .bind(limit)
-        .fetch_all(connection)
-        .await?;
-    rows.iter()
-        .map(|row| {
-            let segment = Segment {
-                base: row.try_get(0)?,
-                slot: row.try_get(1)?,
-                bytes: row.try_get(2)?,
-                xids: row.try_get_unchecked(3)?,
-                seqs: row.try_get(4)?,
-                keys: row.try_get(5)?,
-            };
-            let count = segment.seqs.len();
-            let is_whole =
-                segment.xids.len() == count && segment.keys.as_ref().is_none_or(|keys| keys.len() == count);
-            match is_whole {
-                true => Ok(segment),
-                false => Err(Error::DamagedSegment {
-                    topic: topic.to_owned(),
-                    base: segment.base,
-                }),
-            }
-        })
-        .collect()
 }
 
 /// The offset that the topic's next message gets: the number of messages sequenced so far.
@@ -218,21 +106,16 @@ pub fn messages_of(segment: &Segment, rows: &[PgRow], first: usize) -> Result<Op
             break;
         };
         let offset = Offset::new(segment.base + n as i64);
-        messages.push(decode(
-            row,
-            first,
-            seq,
-            offset,
-            segment.key_hash(offset),
-            &mut types,
-        ));
+        let key_hash = segment.key_hash(offset);
+        messages.push(decode(row, first, seq, offset, key_hash, &mut types, false));
     }
     messages.sort_unstable_by_key(|message| message.offset);
     Ok((messages.len() == segment.seqs.len()).then_some(messages))
 }
 
 /// The messages of consecutive offsets from `from` to before `to`, all of which must be in `segments`; an element is `None` where
-/// the message is not wanted (`wanted` is asked with the offset and the hash of the key) or its row is gone.
+/// the message is not wanted (`wanted` is asked with the offset and the hashes of key and type) or its row is gone. Each says which of `filters` it
+/// does not satisfy.
 ///
 /// Where the wanted rows are dense in the index they are read as one range, else by address.
 ///
@@ -245,7 +128,8 @@ pub async fn messages(
     segments: &[Segment],
     from: Offset,
     to: Offset,
-    wanted: impl Fn(Offset, Option<i32>) -> bool,
+    filters: &Filters,
+    wanted: impl Fn(Offset, Option<i32>, Option<i32>) -> bool,
 ) -> Result<Vec<Option<StoredMessage>>> {
     // Consecutive segments of one slot are one request.
     let mut requests: Vec<Request> = Vec::new();
@@ -266,11 +150,12 @@ pub async fn messages(
         let start = found.len();
         found.resize_with(start + request.len(), || None);
         let read = request
-            .fetch(connection, topic, &mut types, &mut found[start..])
+            .fetch(connection, topic, filters, &mut types, &mut found[start..])
             .await;
         match read {
             Err(Error::Database(error)) if isolation::is_of_a_row(error.code()) => {
-                isolation::one_by_one(connection, topic, &request, &mut types, &mut found[start..]).await?;
+                let found = &mut found[start..];
+                isolation::one_by_one(connection, topic, filters, &request, &mut types, found).await?;
             }
             read => read?,
         }
@@ -295,15 +180,48 @@ struct Request {
 /// Where a message is, its offset and the hash of its key.
 type Wanted = (Address, Offset, Option<i32>);
 
+/// What is read of a message, and of the filters that stand in `$n` and `$m` if there are any: which refuse it.
+macro_rules! columns {
+    () => {
+        "SELECT o.seq, o.id, o.type, o.key, o.headers, o.content_type, o.payload, o.published_at, o.expires_at "
+    };
+    ($filters:literal, $payload:literal) => {
+        concat!(
+            "SELECT o.seq, o.id, o.type, o.key, o.headers, o.content_type, o.payload, o.published_at, o.expires_at, \
+                 postbox.refused_by((SELECT ",
+            $filters,
+            "::text[]::jsonpath[]), o.type, o.key, o.headers, o.content_type, CASE WHEN ",
+            $payload,
+            " THEN o.payload END) "
+        )
+    };
+}
+
 /// The topic is in the condition because a range of addresses holds other topics' rows too. By address it is there so that no index, whatever it
 /// says, gives one topic's messages as another's.
-const RANGE: &str = "SELECT seq, id, type, key, headers, content_type, payload, published_at, expires_at \
-     FROM postbox.outbox WHERE slot = $1 AND xid BETWEEN $2 AND $3 AND seq BETWEEN $4 AND $5 AND topic = $6";
+macro_rules! range {
+    ($columns:expr) => {
+        concat!(
+            $columns,
+            "FROM postbox.outbox o WHERE o.slot = $1 AND o.xid BETWEEN $2 AND $3 AND o.seq BETWEEN $4 AND $5 AND o.topic = $6"
+        )
+    };
+}
 
-const BY_ADDRESS: &str = "SELECT o.seq, o.id, o.type, o.key, o.headers, o.content_type, o.payload, o.published_at, \
-         o.expires_at \
-     FROM unnest($2::xid8[], $3::bigint[]) AS a (xid, seq) \
-     JOIN postbox.outbox o ON o.xid = a.xid AND o.seq = a.seq WHERE o.slot = $1 AND o.topic = $4";
+macro_rules! by_address {
+    ($columns:expr) => {
+        concat!(
+            $columns,
+            "FROM unnest($2::xid8[], $3::bigint[]) AS a (xid, seq) \
+             JOIN postbox.outbox o ON o.xid = a.xid AND o.seq = a.seq WHERE o.slot = $1 AND o.topic = $4"
+        )
+    };
+}
+
+const RANGE: &str = range!(columns!());
+const RANGE_FILTERED: &str = range!(columns!("$7", "$8"));
+const BY_ADDRESS: &str = by_address!(columns!());
+const BY_ADDRESS_FILTERED: &str = by_address!(columns!("$5", "$6"));
 
 impl Request {
     fn new(slot: i16, from: i64) -> Self {
@@ -315,12 +233,17 @@ impl Request {
         }
     }
 
-    fn extend(&mut self, segment: &Segment, to: Offset, wanted: impl Fn(Offset, Option<i32>) -> bool) {
+    fn extend(
+        &mut self,
+        segment: &Segment,
+        to: Offset,
+        wanted: impl Fn(Offset, Option<i32>, Option<i32>) -> bool,
+    ) {
         let from = segment.base.max(self.from);
         self.to = segment.end().get().min(to.get());
         for offset in (from..self.to).map(Offset::new) {
             let key_hash = segment.key_hash(offset);
-            if wanted(offset, key_hash) {
+            if wanted(offset, key_hash, segment.type_hash(offset)) {
                 self.entries
                     .push((segment.address(offset.get()), offset, key_hash));
             }
@@ -336,22 +259,24 @@ impl Request {
         &self,
         connection: &mut PgConnection,
         topic: &str,
+        filters: &Filters,
         types: &mut Types,
         found: &mut [Option<StoredMessage>],
     ) -> Result<()> {
         match self.dense_range() {
             Some((low, high)) => {
-                let query = sqlx::query(RANGE)
+                let query = sqlx::query(filters.choose(RANGE, RANGE_FILTERED))
                     .bind(self.slot)
                     .bind(low.xid)
                     .bind(high.xid)
                     .bind(low.seq)
                     .bind(high.seq)
                     .bind(topic);
-                self.take(query.fetch(connection), types, found).await
+                let rows = filters.bind(query).fetch(connection);
+                self.take(rows, types, found, !filters.is_empty()).await
             }
             None => {
-                self.fetch_some(connection, topic, &self.entries, types, found)
+                self.fetch_some(connection, topic, filters, &self.entries, types, found)
                     .await
             }
         }
@@ -362,6 +287,7 @@ impl Request {
         &self,
         connection: &mut PgConnection,
         topic: &str,
+        filters: &Filters,
         entries: &[Wanted],
         types: &mut Types,
         found: &mut [Option<StoredMessage>],
@@ -370,12 +296,13 @@ impl Request {
             return Ok(());
         }
         let (xids, seqs): (Vec<Xid>, Vec<i64>) = entries.iter().map(|e| (e.0.xid, e.0.seq)).unzip();
-        let query = sqlx::query(BY_ADDRESS)
+        let query = sqlx::query(filters.choose(BY_ADDRESS, BY_ADDRESS_FILTERED))
             .bind(self.slot)
             .bind(xids)
             .bind(seqs)
             .bind(topic);
-        self.take(query.fetch(connection), types, found).await
+        let rows = filters.bind(query).fetch(connection);
+        self.take(rows, types, found, !filters.is_empty()).await
     }
 
     /// Each is decoded and let go of at once, while it is in the processor's cache.
@@ -384,6 +311,7 @@ impl Request {
         mut rows: BoxStream<'_, sqlx::Result<PgRow>>,
         types: &mut Types,
         found: &mut [Option<StoredMessage>],
+        filtered: bool,
     ) -> Result<()> {
         // seq is unique, so it alone says which entry a row is for.
         let mut places: Vec<(i64, usize)> = self
@@ -398,7 +326,7 @@ impl Request {
             if let Ok(place) = places.binary_search_by_key(&seq, |place| place.0) {
                 let (_, offset, key_hash) = self.entries[places[place].1];
                 let n = (offset.get() - self.from) as usize;
-                found[n] = Some(decode(&row, 0, seq, offset, key_hash, types));
+                found[n] = Some(decode(&row, 0, seq, offset, key_hash, types, filtered));
             }
         }
         Ok(())
@@ -433,8 +361,9 @@ fn decode(
     offset: Offset,
     key_hash: Option<i32>,
     types: &mut Types,
+    filtered: bool,
 ) -> StoredMessage {
-    read(row, first, seq, offset, key_hash, types).unwrap_or_else(|error| {
+    read(row, first, seq, offset, key_hash, types, filtered).unwrap_or_else(|error| {
         let id = row.try_get_unchecked::<Uuid, _>(first + 1).unwrap_or_default();
         StoredMessage::unread(MessageId::from(id), offset, seq, key_hash, error.to_string())
     })
@@ -447,6 +376,7 @@ fn read(
     offset: Offset,
     key_hash: Option<i32>,
     types: &mut Types,
+    filtered: bool,
 ) -> Result<StoredMessage> {
     let message_type = match row.try_get_unchecked::<Option<&str>, _>(first + 2)? {
         Some(name) => Some(types.intern(name)?),
@@ -469,6 +399,10 @@ fn read(
         payload: row.try_get_unchecked::<&[u8], _>(first + 6)?.into(),
         published_at: row.try_get_unchecked::<Timestamptz, _>(first + 7)?.0,
         expires_at: row.try_get_unchecked::<MaybeTimestamptz, _>(first + 8)?.0,
+        refused_by: match filtered {
+            true => row.try_get_unchecked::<Vec<i16>, _>(first + 9)?.into(),
+            false => Box::default(),
+        },
         unreadable: None,
     })
 }

@@ -48,6 +48,7 @@ const FUNCTIONS: &[&str] = functions![
     "settlement",
     "failure",
     "types",
+    "filters",
     "timers",
     "cron",
     "backlog",

@@ -761,9 +761,17 @@ async fn the_log_says_when_a_message_expires() {
         .await
         .unwrap();
     let (zero, five) = (postbox::Offset::ZERO, postbox::Offset::new(5));
-    let messages = postbox::log::messages(&mut connection, "t", &segments, zero, five, |_, _| true)
-        .await
-        .unwrap();
+    let messages = postbox::log::messages(
+        &mut connection,
+        "t",
+        &segments,
+        zero,
+        five,
+        &postbox::log::Filters::NONE,
+        |_, _, _| true,
+    )
+    .await
+    .unwrap();
     let lifetimes: Vec<Option<i64>> = messages
         .iter()
         .map(|message| {

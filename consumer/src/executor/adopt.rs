@@ -152,7 +152,7 @@ impl Executor {
         }
     }
 
-    /// A message that has a row; `None` if nobody handles it, and then it is settled.
+    /// A message that has a row; `None` if nobody handles or wants it, and then it is settled.
     pub(super) fn stored_job(&mut self, held: Held) -> Option<Job> {
         let (offset, lane) = (held.message.offset.get(), held.lane);
         match self.job(Record::alone(held.message), offset, lane) {

@@ -109,10 +109,11 @@ impl Executor {
                     return false;
                 };
                 let (subscription, log) = (membership.subscription, self.reader.log().clone());
+                let filters = self.plan.filters.clone();
                 self.runs.load(async move {
                     let read = async {
                         let mut connection = log.connection().await?;
-                        let read = redelivery::copies(&mut *connection, subscription, key, from);
+                        let read = redelivery::copies(&mut *connection, subscription, &filters, key, from);
                         in_time(READ_TIMEOUT, "reading what is parked", read).await
                     };
                     // It is large, and seldom.

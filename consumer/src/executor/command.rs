@@ -1,6 +1,6 @@
 //! What a session tells an executor, and what it is told.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +26,11 @@ pub(crate) enum Command {
     /// What operators decided of messages, some perhaps in lanes of others.
     Decided(Vec<Held>),
     /// These types no live instance handles, of those that this one does not.
-    Orphans(HashSet<String>),
+    Orphans {
+        types: HashSet<String>,
+        /// Those of them that need not be read, since they are settled, by their hashes.
+        unread: HashMap<i32, String>,
+    },
     /// No row of these lanes waits for an instance that handles one of these types any more.
     Served {
         lanes: Vec<(Lane, Epoch)>,

@@ -141,6 +141,11 @@ impl Reader {
         next
     }
 
+    /// Messages of types with these hashes need not be read.
+    pub(super) fn pass_types(&self, types: HashSet<i32>) {
+        self.interest.pass(types);
+    }
+
     fn stream_of(&self, lane: Lane) -> Option<&Stream> {
         self.streams.iter().find(|stream| stream.lanes.contains(&lane))
     }
@@ -392,8 +397,12 @@ impl Executor {
             let index = (offset - block.base) as usize;
             let lane = self.lanes.of(offset, block.key_hash(index));
             if self.reader.streams[n].lanes.contains(&lane) && self.lanes.is_due(lane, offset) {
-                if let Entry::Unread(_) = &block.entries[index] {
-                    // Read before the lane was claimed.
+                let settled_unread = match &block.entries[index] {
+                    Entry::Unread(hashes) => self.settles_unread(hashes.of_type),
+                    Entry::Message(_) | Entry::Gone(_) => false,
+                };
+                if !settled_unread && matches!(block.entries[index], Entry::Unread(_)) {
+                    // Read before the lane was claimed, or before its type was wanted.
                     self.reader.streams[n].block = None;
                     self.reader.read(offset, true, 0);
                     return taken > 0;
@@ -402,6 +411,7 @@ impl Executor {
                     lane.pending.remove(&offset);
                 }
                 match Record::new(&block, index) {
+                    _ if settled_unread => {}
                     Some(record) => self.admit(record, offset, lane),
                     None => {
                         error!(topic = %self.plan.topic, group = %self.plan.group, offset, "the message's row is gone; it is skipped");

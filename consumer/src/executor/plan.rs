@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use postbox::log::Filters;
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
 
@@ -25,6 +26,8 @@ pub(crate) struct Plan {
     /// Most messages taken in and not settled.
     pub(crate) window: usize,
     pub(crate) router: Router,
+    /// With which the topic is read, for all that read it in this process.
+    pub(crate) filters: Arc<Filters>,
     /// What becomes of messages of a type that no live instance takes.
     pub(crate) unknown_types: UnknownType,
     /// Runs for them where that is an error.

@@ -61,7 +61,7 @@ impl Executor {
         }
     }
 
-    /// With the handler that takes it; `None` if no live instance has one and it is settled therefore.
+    /// With the handler that takes it; `None` if no live instance has one, or its filter does not want it: then it is settled.
     pub(super) fn job(&self, record: Record, offset: i64, lane: Lane) -> Option<Job> {
         let found = match record.message().unreadable {
             None => self.plan.router.find(record.message().message_type.as_deref()),
@@ -69,6 +69,7 @@ impl Executor {
             Some(_) => self.plan.router.handlers().next(),
         };
         let (handler, unknown) = match found {
+            Some(handler) if self.passes(handler, &record) => return None,
             Some(handler) => (handler.clone(), false),
             None if self.settles_unknown(&record) => return None,
             None => (self.plan.unknown.clone(), true),

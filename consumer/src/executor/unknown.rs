@@ -1,14 +1,16 @@
-//! Types that no handler here takes: such messages are left to an instance of the group which handles them, and what waits for it is told.
+//! What no handler here takes: by its filter, and then it is settled; or by its type. Messages of such types are left to an instance of the group which handles them, and what waits for it is told.
 //!
 //! When the turn of such a message comes, it waits: parked with its key, or in a row of its own if it has none. Its type goes to what the lane *needs*,
 //! by the same report, and a lane goes to who handles what it needs (`session/claims.rs`). See docs/internals/ownership.md.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Event, Executor, Job};
 use crate::handler::MessageOrder;
 use crate::handler::UnknownType;
+use crate::handler::router::Handler;
 use crate::ids::{Epoch, Lane};
 use crate::log::block::Record;
 use crate::protocol::journal::{Disposition, Entry, Needs};
@@ -42,6 +44,8 @@ fn type_of(record: &Record) -> &str {
 pub(super) struct Types {
     /// Those that no live instance handles, where that is not merely waited for.
     orphans: HashSet<String>,
+    /// Those of them that are settled without being read, by their hashes: nobody handles another type with one of these.
+    unread: HashMap<i32, String>,
     /// Those of which there was a message.
     met: HashSet<String>,
     /// When to see which needs of lanes are met. `None`: no lane needs another instance.
@@ -75,6 +79,24 @@ impl Executor {
             self.plan.counters.settled_unknown(&self.plan, type_of(record));
         }
         settles
+    }
+
+    /// Whether a message is settled because its handler's filter does not want it; if so, it is counted.
+    pub(super) fn passes(&self, handler: &Handler, record: &Record) -> bool {
+        let passes = handler.refuses(record.message());
+        if passes {
+            self.plan.counters.settled_filtered(&self.plan, handler);
+        }
+        passes
+    }
+
+    /// Whether a message that was not read is one that nobody handles and that is to be settled; if so, it is counted.
+    pub(super) fn settles_unread(&self, of_type: Option<i32>) -> bool {
+        let name = of_type.and_then(|hash| self.types.unread.get(&hash));
+        if let Some(name) = name {
+            self.plan.counters.settled_unknown(&self.plan, name);
+        }
+        name.is_some()
     }
 
     /// The message, if it may run now.
@@ -197,7 +219,9 @@ impl Executor {
     }
 
     /// These types no live instance handles, of those that this one does not: the policy decides.
-    pub(super) fn orphaned(&mut self, types: HashSet<String>) {
+    pub(super) fn orphaned(&mut self, types: HashSet<String>, unread: HashMap<i32, String>) {
+        self.reader.pass_types(unread.keys().copied().collect());
+        self.types.unread = unread;
         let before = std::mem::replace(&mut self.types.orphans, types);
         let now = |name: &str| self.types.orphans.contains(name) && !before.contains(name);
         let waiting = self.keys.iter().filter_map(|(key, successors)| {
@@ -309,6 +333,17 @@ impl Executor {
 }
 
 impl Counters {
+    /// A message that a filter does not want was settled; the first is told of.
+    fn settled_filtered(&self, plan: &super::Plan, handler: &Handler) {
+        if self.filtered.fetch_add(1, Ordering::Relaxed) == 0 {
+            tracing::info!(
+                group = %plan.group, topic = %plan.topic, handler = handler.name,
+                filter = handler.filter.as_ref().map(|filter| filter.text.as_str()),
+                "messages that this filter does not want are passed without being handled; they are counted as filtered"
+            );
+        }
+    }
+
     /// A message that nobody handles was settled; the first of its type is told of.
     fn settled_unknown(&self, plan: &super::Plan, message_type: &str) {
         Counters::add(&self.unknown);

@@ -4,8 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use postbox::log::{Filters, StoredMessage};
+
 use crate::extract::Invocation;
 use crate::handler::Hook;
+use crate::handler::filter::{ByType, Filter};
 use crate::handler::retry::Retry;
 use crate::handler::{Expired, HandlerDefinition, Undecodable};
 use crate::layer::Run;
@@ -32,13 +35,15 @@ pub(crate) struct Handler {
     pub(crate) expired: Expired,
     pub(crate) undecodable: Undecodable,
     pub(crate) on_dead_letter: Option<Hook>,
+    pub(crate) filter: Option<Filter>,
     run: Run,
 }
 
 impl Handler {
     /// `None` if the definition has no function to call.
-    pub(crate) fn new(definition: &HandlerDefinition) -> Option<Self> {
+    pub(crate) fn new(definition: &HandlerDefinition, filters: &Filters) -> Option<Self> {
         Some(Self {
+            filter: Filter::of(definition, filters),
             name: definition.short_name(),
             timeout: definition.timeout,
             retry: definition.retry,
@@ -51,6 +56,11 @@ impl Handler {
             on_dead_letter: definition.on_dead_letter.clone(),
             run: definition.run.clone()?,
         })
+    }
+
+    /// Whether its filter does not want a message. One that has failed was compared when it was read first.
+    pub(crate) fn refuses(&self, message: &StoredMessage) -> bool {
+        (self.filter.as_ref()).is_some_and(|filter| message.refused_by.contains(&filter.number))
     }
 
     pub(crate) fn call(&self, invocation: Invocation) -> BoxFuture<Outcome> {
@@ -108,6 +118,26 @@ impl Router {
         let untyped = self.find(None).map(|_| "");
         let types = self.by_type.keys().map(String::as_str);
         types.chain(all).chain(untyped).collect()
+    }
+
+    /// The filters of the types that it takes; none, if no handler has one.
+    pub(crate) fn filters(&self) -> ByType {
+        let text = |handler: &Arc<Handler>| handler.filter.as_ref().map(|filter| filter.text.clone());
+        let takes = self.takes();
+        let filters: ByType = (takes.types().into_iter())
+            .filter_map(|name| {
+                let handler = match name {
+                    Takes::ALL => self.any.as_ref(),
+                    "" => self.find(None),
+                    name => self.find(Some(name)),
+                };
+                Some((name.to_owned(), text(handler?)))
+            })
+            .collect();
+        match filters.values().any(Option::is_some) {
+            true => filters,
+            false => ByType::new(),
+        }
     }
 
     pub(crate) fn handlers(&self) -> impl Iterator<Item = &Arc<Handler>> {

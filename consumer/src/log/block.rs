@@ -30,10 +30,17 @@ impl Drop for Block {
 /// What is known of one offset.
 pub(crate) enum Entry {
     Message(StoredMessage),
-    /// Nobody in this process wanted it when the block was read; the hash of its key.
-    Unread(Option<i32>),
-    /// Its row is no longer there; the hash of its key.
-    Gone(Option<i32>),
+    /// Nobody in this process wanted it when the block was read.
+    Unread(Hashes),
+    /// Its row is no longer there.
+    Gone(Hashes),
+}
+
+/// What a segment says of a message beside its place: the hashes of its key and its type.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Hashes {
+    pub(crate) key: Option<i32>,
+    pub(crate) of_type: Option<i32>,
 }
 
 impl Block {
@@ -41,7 +48,7 @@ impl Block {
     pub(crate) fn new(base: i64, entries: Vec<Entry>) -> Self {
         let bytes = entries.iter().map(|entry| match entry {
             Entry::Message(message) => message.payload.len() + MESSAGE_OVERHEAD,
-            Entry::Unread(_) | Entry::Gone(_) => 0,
+            Entry::Unread(_) | Entry::Gone(_) => size_of::<Entry>(),
         });
         Self {
             base,
@@ -62,7 +69,7 @@ impl Block {
     pub(crate) fn key_hash(&self, index: usize) -> Option<i32> {
         match &self.entries[index] {
             Entry::Message(message) => message.key_hash,
-            Entry::Unread(key) | Entry::Gone(key) => *key,
+            Entry::Unread(hashes) | Entry::Gone(hashes) => hashes.key,
         }
     }
 

@@ -1,14 +1,19 @@
-//! Which lanes of a topic somebody in this process owns.
+//! What somebody in this process wants of a topic: the lanes that it owns, without types that it settles unread.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::ids::Lane;
 use crate::lane::lane_of;
+use crate::log::block::Hashes;
 
-/// The lanes of a subscription that this process owns.
+/// What a subscription wants of its topic.
 pub(crate) struct Interest {
     lanes: u16,
     owned: Vec<AtomicU64>,
+    /// Hashes of types.
+    passes: Mutex<Arc<HashSet<i32>>>,
 }
 
 impl Interest {
@@ -16,6 +21,7 @@ impl Interest {
         Self {
             lanes,
             owned: (0..lanes.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            passes: Mutex::default(),
         }
     }
 
@@ -28,33 +34,41 @@ impl Interest {
         }
     }
 
-    pub(crate) fn now(&self) -> OwnedLanes {
+    /// Messages of types with these hashes are settled without being looked at.
+    pub(crate) fn pass(&self, types: HashSet<i32>) {
+        *self.passes.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(types);
+    }
+
+    pub(crate) fn now(&self) -> Wanted {
         let owned = self
             .owned
             .iter()
             .map(|word| word.load(Ordering::Relaxed))
             .collect();
-        OwnedLanes {
+        Wanted {
             lanes: self.lanes,
             owned,
+            passes: (self.passes.lock().unwrap_or_else(PoisonError::into_inner)).clone(),
         }
     }
 }
 
-/// The lanes of a subscription that this process owned at one moment.
-pub(crate) struct OwnedLanes {
+/// What a subscription wanted of its topic at one moment.
+pub(crate) struct Wanted {
     lanes: u16,
     owned: Vec<u64>,
+    passes: Arc<HashSet<i32>>,
 }
 
-impl OwnedLanes {
+impl Wanted {
     pub(crate) fn is_all(&self) -> bool {
         let owned: u32 = self.owned.iter().map(|word| word.count_ones()).sum();
-        owned == u32::from(self.lanes)
+        owned == u32::from(self.lanes) && self.passes.is_empty()
     }
 
-    pub(crate) fn contain(&self, offset: i64, key: Option<i32>) -> bool {
-        let lane = lane_of(offset, key, self.lanes);
+    pub(crate) fn contain(&self, offset: i64, hashes: Hashes) -> bool {
+        let lane = lane_of(offset, hashes.key, self.lanes);
         self.owned[lane.index() / 64] & (1 << (lane.index() % 64)) != 0
+            && (self.passes.is_empty() || !hashes.of_type.is_some_and(|name| self.passes.contains(&name)))
     }
 }

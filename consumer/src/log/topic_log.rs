@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use postbox::Offset;
-use postbox::log::{self, Segment, StoredMessage};
+use postbox::log::{self, Filters, Segment, StoredMessage};
 use postbox_core::link::in_time;
 use postbox_core::restarts::panic_text;
 use sqlx::pool::PoolConnection;
@@ -19,12 +19,14 @@ use sqlx::{PgConnection, Postgres};
 use tokio::sync::watch;
 
 pub(crate) use self::of_keys::OfKeys;
-use crate::log::block::{Block, Entry, MESSAGE_OVERHEAD};
-use crate::log::interest::{Interest, OwnedLanes};
+use crate::log::block::{Block, Entry, Hashes, MESSAGE_OVERHEAD};
+use crate::log::interest::{Interest, Wanted};
 use crate::log::readers::Readers;
 
 /// Most messages in a block.
 const BLOCK_MESSAGES: i64 = 1024;
+/// Most offsets of a block of which most are not wanted.
+const BLOCK_OFFSETS: i64 = 4 * BLOCK_MESSAGES;
 /// A block is ended when its payloads are expected to be larger.
 const BLOCK_BYTES: usize = 2 * 1024 * 1024;
 /// Blocks kept for groups that come behind.
@@ -47,6 +49,8 @@ type SharedRead = Shared<BoxFuture<'static, ReadResult>>;
 pub(crate) struct TopicLog {
     topic: Arc<str>,
     readers: Arc<Readers>,
+    /// With which this process's handlers read it.
+    filters: Arc<Filters>,
     head: watch::Sender<i64>,
     state: Mutex<State>,
     /// What the blocks take that somebody has, in bytes.
@@ -68,10 +72,11 @@ struct State {
 }
 
 impl TopicLog {
-    pub(crate) fn new(topic: Arc<str>, readers: Arc<Readers>) -> Self {
+    pub(crate) fn new(topic: Arc<str>, filters: Arc<Filters>, readers: Arc<Readers>) -> Self {
         Self {
             topic,
             readers,
+            filters,
             head: watch::Sender::new(0),
             state: Mutex::default(),
             held: Arc::default(),
@@ -93,7 +98,8 @@ impl TopicLog {
     pub(crate) fn learn(&self, head: i64, segment: Option<Segment>, messages: Option<&[StoredMessage]>) {
         if let Some(segment) = segment {
             let mut state = self.lock();
-            if let Some(messages) = messages {
+            // The server compares messages with filters when they are read.
+            if let Some(messages) = messages.filter(|_| self.filters.is_empty()) {
                 let generation = state.generation;
                 let entries = messages.iter().cloned().map(Entry::Message).collect();
                 state.keep(Arc::new(Block::new(segment.base().get(), entries)), generation);
@@ -253,15 +259,18 @@ impl TopicLog {
             return Ok(None);
         };
         let from = from.max(first.base().get());
-        let to = block_end(segments, from);
         let wants = self.wants();
-        let wanted = |offset: Offset, key: Option<i32>| wants(offset.get(), key);
+        let wanted = |offset: Offset, key: Option<i32>, of_type: Option<i32>| {
+            wants(offset.get(), Hashes { key, of_type })
+        };
+        let to = block_end(segments, from, &wants);
         let found = log::messages(
             connection,
             &self.topic,
             segments,
             Offset::new(from),
             Offset::new(to),
+            &self.filters,
             wanted,
         )
         .await?;
@@ -273,13 +282,11 @@ impl TopicLog {
                 .next_if(|segment| segment.end().get() <= offset)
                 .is_some()
             {}
-            let key = segments
-                .peek()
-                .and_then(|segment| segment.key_hash(Offset::new(offset)));
+            let hashes = (segments.peek()).map_or(Hashes::default(), |segment| hashes_of(segment, offset));
             entries.push(match message {
                 Some(message) => Entry::Message(message),
-                None if wants(offset, key) => Entry::Gone(key),
-                None => Entry::Unread(key),
+                None if wants(offset, hashes) => Entry::Gone(hashes),
+                None => Entry::Unread(hashes),
             });
         }
         Ok(Some(Block::new(from, entries)))
@@ -298,7 +305,7 @@ impl TopicLog {
                         *messages += segment.end().get() - segment.base().get();
                         Some(before)
                     })
-                    .take_while(|before| *before < BLOCK_MESSAGES * 2)
+                    .take_while(|before| *before < BLOCK_OFFSETS + BLOCK_MESSAGES)
                     .count();
                 state.index[first..first + last].to_vec()
             }
@@ -308,17 +315,17 @@ impl TopicLog {
 
     /// Which messages anybody in this process wants at this moment. The answer does not change while it is used: a lane that is claimed
     /// during a read must not make its messages, which were not read, look as if they were gone.
-    fn wants(&self) -> impl Fn(i64, Option<i32>) -> bool + use<> {
-        let mut owned: Vec<OwnedLanes> = Vec::new();
+    fn wants(&self) -> impl Fn(i64, Hashes) -> bool + use<> {
+        let mut wanted: Vec<Wanted> = Vec::new();
         self.lock().interests.retain(|weak| match weak.upgrade() {
             Some(interest) => {
-                owned.push(interest.now());
+                wanted.push(interest.now());
                 true
             }
             None => false,
         });
-        let all = owned.iter().any(OwnedLanes::is_all);
-        move |offset, key| all || owned.iter().any(|lanes| lanes.contain(offset, key))
+        let all = wanted.iter().any(Wanted::is_all);
+        move |offset, hashes| all || wanted.iter().any(|one| one.contain(offset, hashes))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -382,21 +389,30 @@ fn failed(why: String) -> postbox::Error {
     sqlx::Error::Io(std::io::Error::other(why)).into()
 }
 
-/// Where a block that begins at `from` ends.
-fn block_end(segments: &[Segment], from: i64) -> i64 {
-    let mut end = from;
-    let mut bytes = 0;
+fn hashes_of(segment: &Segment, offset: i64) -> Hashes {
+    let offset = Offset::new(offset);
+    Hashes {
+        key: segment.key_hash(offset),
+        of_type: segment.type_hash(offset),
+    }
+}
+
+/// Where a block that begins at `from` ends: after so many messages that are wanted.
+fn block_end(segments: &[Segment], from: i64, wants: impl Fn(i64, Hashes) -> bool) -> i64 {
+    let most = from + BLOCK_OFFSETS;
+    let (mut end, mut messages, mut bytes) = (from, 0, 0);
     for segment in segments {
         let size = segment.mean_bytes() + MESSAGE_OVERHEAD;
-        let room = (BLOCK_BYTES.saturating_sub(bytes) / size) as i64;
-        let take = (segment.end().get() - end).min(BLOCK_MESSAGES - (end - from));
-        let taken = take.min(room);
-        end += taken;
-        bytes += taken as usize * size;
-        if taken < take || end - from == BLOCK_MESSAGES {
-            break;
+        for offset in end..segment.end().get().min(most) {
+            let wanted = wants(offset, hashes_of(segment, offset));
+            if wanted && (messages == BLOCK_MESSAGES || bytes + size > BLOCK_BYTES) {
+                // One message is more than nothing, whatever its size.
+                return offset.max(from + 1);
+            }
+            messages += i64::from(wanted);
+            bytes += usize::from(wanted) * size;
+            end = offset + 1;
         }
     }
-    // One message is more than nothing, whatever its size.
     end.max(from + 1)
 }

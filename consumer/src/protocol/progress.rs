@@ -104,6 +104,8 @@ pub(crate) struct Counters {
     pub(crate) retrying: AtomicU64,
     /// Messages that expired before they were handled.
     pub(crate) expired: AtomicU64,
+    /// Messages that their handler's filter does not want.
+    pub(crate) filtered: AtomicU64,
     /// Messages given up.
     pub(crate) dead: AtomicU64,
     /// Messages given up whose keys wait for an operator.

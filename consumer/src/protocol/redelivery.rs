@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use postbox::log::StoredMessage;
+use postbox::log::{Filters, StoredMessage};
 use postbox::{Headers, MaybeTimestamptz, MessageId, Offset, StoredJson, Timestamptz};
-use sqlx::postgres::PgRow;
-use sqlx::{PgExecutor, Row};
+use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::query::Query;
+use sqlx::{PgExecutor, Postgres, Row};
 use uuid::Uuid;
 
 use crate::ids::{Lane, SubscriptionId};
@@ -63,13 +64,18 @@ impl Parked {
     }
 }
 
-/// No wait is longer than it was when it was written, so one that was written while the clock was ahead ends.
+/// No wait is longer than it was when it was written, so one that was written while the clock was ahead ends. What was copied before it met a
+/// filter ($2, and whether they are to be given the payload, $3) meets it now.
 macro_rules! columns {
     ($rest:literal) => {
         concat!(
             "SELECT \"offset\", lane, state, attempt, extract(epoch FROM least(due_at - postbox.clock(), due_at - noted_at))::float8, \
              extract(epoch FROM postbox.clock() - failed_at)::float8, seq, id, type, key, key_hash, headers, content_type, payload, \
-             published_at, expires_at FROM postbox.redelivery WHERE subscription_id = $1 AND ",
+             published_at, expires_at, \
+             CASE WHEN state IN ('parked', 'waiting') OR state = 'redriven' AND headers ? 'postbox-replayed' \
+                 THEN postbox.refused_by((SELECT $2::text[]::jsonpath[]), type, key, headers, content_type, CASE WHEN $3 THEN payload END) \
+                 ELSE '{}' END \
+             FROM postbox.redelivery WHERE subscription_id = $1 AND ",
             $rest
         )
     };
@@ -77,19 +83,19 @@ macro_rules! columns {
 
 /// Everything that holds a key or runs again; what is parked behind it is read when its turn comes, and so is what waits without a key.
 const OF_LANES: &str = columns!(
-    "lane = ANY ($2) AND state <> 'parked' AND (state <> 'waiting' OR $3 = 'topic' OR $3 = 'key' AND key_hash IS NOT NULL) ORDER BY \"offset\""
+    "lane = ANY ($4) AND state <> 'parked' AND (state <> 'waiting' OR $5 = 'topic' OR $5 = 'key' AND key_hash IS NOT NULL) ORDER BY \"offset\""
 );
 
 /// What waits without holding a key, in no order.
 const WAITING: &str = columns!(
-    "lane = ANY ($3) AND coalesce(type, '') = ANY ($4) AND state = 'waiting' AND ($5 = 'none' OR $5 = 'key' AND key_hash IS NULL) LIMIT $2"
+    "lane = ANY ($5) AND coalesce(type, '') = ANY ($6) AND state = 'waiting' AND ($7 = 'none' OR $7 = 'key' AND key_hash IS NULL) LIMIT $4"
 );
 
 const OF_OPERATORS: &str =
-    columns!("lane = ANY ($3) AND state IN ('redriven', 'released') ORDER BY \"offset\" LIMIT $2");
+    columns!("lane = ANY ($5) AND state IN ('redriven', 'released') ORDER BY \"offset\" LIMIT $4");
 
 const COPIES_OF_KEY: &str =
-    columns!("key_hash = $2 AND \"offset\" >= $3 AND state = 'parked' ORDER BY \"offset\" LIMIT $4");
+    columns!("key_hash = $4 AND \"offset\" >= $5 AND state = 'parked' ORDER BY \"offset\" LIMIT $6");
 
 const PARKED_KEYS: &str = "SELECT key_hash, c.\"offset\", k.\"offset\" FROM ( \
          SELECT key_hash, min(\"offset\") AS \"offset\" FROM postbox.redelivery \
@@ -100,10 +106,11 @@ const PARKED_KEYS: &str = "SELECT key_hash, c.\"offset\", k.\"offset\" FROM ( \
 pub(crate) async fn of_lanes(
     executor: impl PgExecutor<'_>,
     subscription: SubscriptionId,
+    filters: &Filters,
     lanes: &[Lane],
     order: &str,
 ) -> Result<Vec<Held>, sqlx::Error> {
-    let query = sqlx::query(OF_LANES).bind(subscription).bind(lanes).bind(order);
+    let query = held(OF_LANES, subscription, filters).bind(lanes).bind(order);
     decode_all(&query.fetch_all(executor).await?)
 }
 
@@ -111,28 +118,25 @@ pub(crate) async fn of_lanes(
 pub(crate) async fn of_operators(
     executor: impl PgExecutor<'_>,
     subscription: SubscriptionId,
+    filters: &Filters,
     lanes: &[Lane],
 ) -> Result<Vec<Held>, sqlx::Error> {
-    decode_all(
-        &sqlx::query(OF_OPERATORS)
-            .bind(subscription)
-            .bind(DECIDED)
-            .bind(lanes)
-            .fetch_all(executor)
-            .await?,
-    )
+    let query = held(OF_OPERATORS, subscription, filters)
+        .bind(DECIDED)
+        .bind(lanes);
+    decode_all(&query.fetch_all(executor).await?)
 }
 
 /// What waits in these lanes, without holding a key, for an instance that handles one of these types; at most [`DECIDED`].
 pub(crate) async fn waiting(
     executor: impl PgExecutor<'_>,
     subscription: SubscriptionId,
+    filters: &Filters,
     lanes: &[Lane],
     types: &[String],
     order: &str,
 ) -> Result<Vec<Held>, sqlx::Error> {
-    let query = sqlx::query(WAITING)
-        .bind(subscription)
+    let query = held(WAITING, subscription, filters)
         .bind(DECIDED)
         .bind(lanes)
         .bind(types)
@@ -144,18 +148,15 @@ pub(crate) async fn waiting(
 pub(crate) async fn copies(
     executor: impl PgExecutor<'_>,
     subscription: SubscriptionId,
+    filters: &Filters,
     key: i32,
     from: i64,
 ) -> Result<Vec<Held>, sqlx::Error> {
-    decode_all(
-        &sqlx::query(COPIES_OF_KEY)
-            .bind(subscription)
-            .bind(key)
-            .bind(from)
-            .bind(COPIES)
-            .fetch_all(executor)
-            .await?,
-    )
+    let query = held(COPIES_OF_KEY, subscription, filters)
+        .bind(key)
+        .bind(from)
+        .bind(COPIES);
+    decode_all(&query.fetch_all(executor).await?)
 }
 
 /// Which keys of these lanes have parked messages.
@@ -176,6 +177,17 @@ pub(crate) async fn parked_keys(
             parked: Parked { copies, log },
         })
         .collect())
+}
+
+fn held<'q>(
+    sql: &'static str,
+    subscription: SubscriptionId,
+    filters: &'q Filters,
+) -> Query<'q, Postgres, PgArguments> {
+    sqlx::query(sql)
+        .bind(subscription)
+        .bind(filters.texts())
+        .bind(filters.read_payload())
 }
 
 fn decode_all(rows: &[PgRow]) -> Result<Vec<Held>, sqlx::Error> {
@@ -213,6 +225,7 @@ fn decode(row: &PgRow) -> Result<Held, sqlx::Error> {
             published_at: row.try_get::<Timestamptz, _>(14)?.0,
             // Once it has been tried, it is seen through.
             expires_at: row.try_get::<MaybeTimestamptz, _>(15)?.0,
+            refused_by: row.try_get::<Vec<i16>, _>(16)?.into(),
             unreadable: None,
         },
     })

@@ -67,7 +67,7 @@ impl Session {
             let lanes: Vec<Lane> = service.claims.lanes().collect();
             let held = in_time(
                 &self.lease,
-                redelivery::of_operators(&mut self.listener, service.id, &lanes),
+                redelivery::of_operators(&mut self.listener, service.id, &service.plan.filters, &lanes),
             )
             .await?;
             if held.len() as i64 == redelivery::DECIDED {
@@ -193,6 +193,7 @@ impl Session {
             redelivery::of_lanes(
                 &mut self.listener,
                 service.id,
+                &service.plan.filters,
                 &numbers,
                 service.plan.order.as_str(),
             ),

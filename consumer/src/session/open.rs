@@ -9,8 +9,9 @@ use postbox_core::link;
 use postbox_core::locks::Complaints;
 use postbox_core::restarts::Restarts;
 use postbox_core::seal::Seal;
+use sqlx::types::Json;
 use tokio::sync::mpsc;
-use tracing::debug;
+use tracing::{debug, info};
 
 use super::lost::within;
 use super::process::Process;
@@ -61,8 +62,17 @@ impl Session {
                 .bind(subscription.pace.rate)
                 .bind(subscription.pace.instance_rate)
                 .bind(subscription.pace.window.as_ref().map(ToString::to_string))
+                .bind(Json(plan.router.filters()))
+                .bind(&process.settings.name)
                 .fetch_one(&mut listener);
-            let (id, lanes, stored): (SubscriptionId, i16, String) = within("subscribing", subscribe).await?;
+            let (id, lanes, stored, filters_from): (SubscriptionId, i16, String, Option<i64>) =
+                within("subscribing", subscribe).await?;
+            if let Some(from) = filters_from {
+                info!(
+                    group = %plan.group, topic = %plan.topic, from,
+                    "the filters of this group are others than before; they apply from here on, where this instance handles its messages"
+                );
+            }
             if stored != plan.order.as_str() {
                 return Err(Error::OrderChanged {
                     group: plan.group.to_string(),

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use postbox::log::Filters;
 use postbox::{MessageId, Offset, Position, log};
 use postbox_core::restarts::{Restarts, say};
 use sqlx::PgPool;
@@ -50,9 +51,9 @@ impl Process {
         let readers = Arc::new(Readers::new((*pool.connect_options()).clone()));
         let mut logs = HashMap::new();
         for subscription in subscriptions.iter() {
-            let topic = &subscription.plan.topic;
+            let (topic, filters) = (&subscription.plan.topic, &subscription.plan.filters);
             logs.entry(topic.clone())
-                .or_insert_with(|| Arc::new(TopicLog::new(topic.clone(), readers.clone())));
+                .or_insert_with(|| Arc::new(TopicLog::new(topic.clone(), filters.clone(), readers.clone())));
         }
         Self {
             pool,
@@ -236,7 +237,16 @@ async fn before(pool: &PgPool, topic: &str, position: i64) -> Result<Option<(i64
     if segments.first().is_none_or(|segment| segment.base() > from) {
         return Ok(None);
     }
-    let found = log::messages(&mut connection, topic, &segments, from, to, |_, _| true).await?;
+    let found = log::messages(
+        &mut connection,
+        topic,
+        &segments,
+        from,
+        to,
+        &Filters::NONE,
+        |_, _, _| true,
+    )
+    .await?;
     Ok(found
         .into_iter()
         .flatten()

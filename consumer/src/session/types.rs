@@ -19,6 +19,11 @@ type TypesOf = HashMap<String, Vec<String>>;
 /// Those who are about to leave claim nothing more.
 const TYPES: &str = "SELECT id, types FROM postbox.consumer WHERE subscriptions && $1 AND NOT leaving";
 
+/// The hashes of types that nobody handles and that are settled: messages that have one of these need not be read. Without those that a type which
+/// is handled has too; an untyped message has none.
+const UNREAD: &str = "SELECT postbox.key_hash(u.name), u.name FROM unnest($1::text[]) AS u (name) \
+     WHERE u.name <> '' AND postbox.key_hash(u.name) <> ALL (ARRAY(SELECT postbox.key_hash(h.name) FROM unnest($2::text[]) AS h (name)))";
+
 /// Of one subscription: what there was of types that this instance does not handle.
 #[derive(Default)]
 pub(super) struct Elsewhere {
@@ -125,8 +130,18 @@ impl Session {
             }
         }
         if policy != UnknownType::Wait && service.elsewhere.orphans != orphans {
+            let mut unread = HashMap::new();
+            if policy == UnknownType::Settle {
+                let handled: Vec<&str> = takes.values().chain([&mine]).flat_map(Takes::types).collect();
+                let names: Vec<&String> = orphans.iter().collect();
+                let query = sqlx::query_as(UNREAD).bind(names).bind(handled);
+                let hashes: Vec<(i32, String)> =
+                    in_time(&self.lease, query.fetch_all(&mut self.listener)).await?;
+                unread = hashes.into_iter().collect();
+            }
             service.elsewhere.orphans.clone_from(&orphans);
-            service.command(Command::Orphans(orphans));
+            let types = orphans;
+            service.command(Command::Orphans { types, unread });
         }
 
         // What waits and is this instance's to handle, or to treat as the policy says.
@@ -154,6 +169,7 @@ impl Session {
         let waiting = redelivery::waiting(
             &mut self.listener,
             service.id,
+            &service.plan.filters,
             &numbers,
             &types,
             service.plan.order.as_str(),

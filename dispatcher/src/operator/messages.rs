@@ -65,6 +65,8 @@ pub enum MessageState {
     Redriven,
     /// It was given up, and is a dead letter.
     Dead,
+    /// The group has passed it, because its handler's filter does not want it.
+    Filtered,
     /// The group has passed it. It was handled or discarded, or the group does not take its type, or began after it.
     Delivered,
 }
@@ -81,6 +83,7 @@ impl std::fmt::Display for MessageState {
             MessageState::Halted => "halted",
             MessageState::Redriven => "redriven",
             MessageState::Dead => "dead",
+            MessageState::Filtered => "filtered",
             MessageState::Delivered => "delivered",
         })
     }
@@ -184,6 +187,14 @@ const GROUPS: &str = "SELECT s.group_name, \
      LEFT JOIN postbox.dead_letter d ON d.subscription_id = s.id AND d.\"offset\" = $2 \
      WHERE s.topic = $1 ORDER BY s.group_name";
 
+/// The row is looked for only where there is a filter.
+const REFUSING: &str = "SELECT s.group_name FROM postbox.subscription s \
+     CROSS JOIN LATERAL (SELECT postbox.filter_of(s.id, $2, $3) AS filter) f \
+     CROSS JOIN LATERAL (SELECT g.slot, g.xids[$2 - g.base + 1] AS xid, g.seqs[$2 - g.base + 1] AS seq FROM postbox.segment_at($1, $2) g) p \
+     JOIN postbox.outbox o ON o.slot = p.slot AND o.xid = p.xid AND o.seq = p.seq \
+     WHERE s.topic = $1 AND f.filter IS NOT NULL \
+         AND postbox.refused_by(ARRAY[f.filter::jsonpath], o.type, o.key, o.headers, o.content_type, o.payload) <> '{}'";
+
 const REJECTED: &str = "SELECT r.reason FROM postbox.reject r WHERE r.id = $1 LIMIT 1";
 
 /// Looks for a message by its id, among those for later, in the log and among what failed; `None` if it is nowhere: never committed, cancelled, or no
@@ -213,13 +224,16 @@ pub async fn show(pool: &PgPool, id: Uuid) -> Result<Option<Whereabouts>, postbo
         (None, None) => sqlx::query_scalar(REJECTED).bind(id).fetch_optional(pool).await?,
         _ => None,
     };
-    let groups = sqlx::query_as(GROUPS)
+    let mut groups: Vec<GroupState> = sqlx::query_as(GROUPS)
         .bind(&found.topic)
         .bind(found.offset)
         .bind(&found.key)
         .bind(found.deliver_at)
         .fetch_all(pool)
         .await?;
+    if in_log && let Some(offset) = found.offset {
+        filtered(pool, &found, offset, &mut groups).await?;
+    }
     Ok(Some(Whereabouts {
         id,
         topic: found.topic,
@@ -235,6 +249,30 @@ pub async fn show(pool: &PgPool, id: Uuid) -> Result<Option<Whereabouts>, postbo
         in_log,
         groups,
     }))
+}
+
+/// Which of the groups that have passed a message in the log did so because their filters do not want it.
+async fn filtered(
+    pool: &PgPool,
+    found: &Found,
+    offset: i64,
+    groups: &mut [GroupState],
+) -> Result<(), sqlx::Error> {
+    if !groups.iter().any(|group| group.state == MessageState::Delivered) {
+        return Ok(());
+    }
+    let refusing: Vec<String> = sqlx::query_scalar(REFUSING)
+        .bind(&found.topic)
+        .bind(offset)
+        .bind(&found.message_type)
+        .fetch_all(pool)
+        .await?;
+    for group in groups {
+        if group.state == MessageState::Delivered && refusing.contains(&group.group) {
+            group.state = MessageState::Filtered;
+        }
+    }
+    Ok(())
 }
 
 async fn find_in_log(pool: &PgPool, id: Uuid) -> Result<Option<Found>, postbox::Error> {

@@ -194,6 +194,13 @@ pub struct SubscriptionStatus {
     pub unknown: i64,
     /// The same by type.
     pub unknown_types: sqlx::types::Json<BTreeMap<String, i64>>,
+    /// Messages that its live instances passed because their filters do not want them; since they started.
+    pub filtered: i64,
+    /// Its filters by message type, as they were noted last. `*`: all types that are not named. An empty name: untyped messages. Without a filter all
+    /// are wanted.
+    pub filters: sqlx::types::Json<BTreeMap<String, Option<String>>>,
+    /// The offset from which on they apply, if it has any.
+    pub filters_from: Option<i64>,
     /// Messages whose attempts are exhausted and whose keys wait for an operator. They are dead letters too.
     pub halted: i64,
     /// Dead letters.
@@ -283,6 +290,7 @@ const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes
          r.retrying, r.parked + postbox.parked(s.id) AS parked, r.halted, \
          ARRAY(SELECT DISTINCT t.type FROM postbox.live_types(s.id) t ORDER BY 1) AS types, \
          w.messages AS waiting, w.types AS waiting_types, u.messages AS unknown, u.types AS unknown_types, \
+         (postbox.filtered(s.id)).messages AS filtered, coalesce(f.filters, '{}') AS filters, f.\"offset\" AS filters_from, \
          (SELECT count(*) FROM postbox.dead_letter d WHERE d.subscription_id = s.id) AS dead, \
          (SELECT b.breaker FROM postbox.consumer c CROSS JOIN LATERAL postbox.last_report(c.id) said \
              CROSS JOIN jsonb_array_elements(CASE jsonb_typeof(said.report) WHEN 'array' THEN said.report ELSE '[]' END) AS e (entry) \
@@ -300,6 +308,7 @@ const SUBSCRIPTIONS: &str = "SELECT s.group_name, s.topic, s.order_mode, s.lanes
      CROSS JOIN LATERAL postbox.backlog(s.id) b \
      CROSS JOIN LATERAL postbox.waiting(s.id) w \
      CROSS JOIN LATERAL postbox.settled_unknown(s.id) u \
+     LEFT JOIN LATERAL (SELECT f.filters, f.\"offset\" FROM postbox.filter f WHERE f.subscription_id = s.id ORDER BY f.n DESC LIMIT 1) f ON true \
      CROSS JOIN LATERAL ( \
          SELECT count(*) FILTER (WHERE r.state IN ('retry', 'trying', 'redriven')) AS retrying, \
              count(*) FILTER (WHERE r.state = 'parked') AS parked, count(*) FILTER (WHERE r.state = 'halted') AS halted \

@@ -28,6 +28,13 @@ const INSTANCES: &str = "SELECT c.name, ARRAY(SELECT t.type FROM postbox.live_ty
      FROM postbox.subscription s CROSS JOIN LATERAL (SELECT DISTINCT t.consumer_id FROM postbox.live_types(s.id) t) l \
      JOIN postbox.consumer c ON c.id = l.consumer_id WHERE s.group_name = $1 AND s.topic = $2 ORDER BY c.id";
 
+/// What the live instances of a subscription have handled, and the filters of each.
+const FILTERED: &str = "SELECT f.handled, ARRAY(SELECT coalesce(e, '{}') FROM unnest(f.filters) e), f.instances \
+     FROM postbox.subscription s CROSS JOIN LATERAL postbox.filtered(s.id) f WHERE s.group_name = $1 AND s.topic = $2";
+
+/// Filters by message type.
+type ByType = BTreeMap<String, Option<String>>;
+
 /// All types, as an instance registers it.
 const ALL: &str = "*";
 
@@ -49,6 +56,14 @@ pub(super) async fn examine(
             .fetch_all(pool)
             .await?;
         findings.extend(divided(subscription, &instances));
+        let (handled, filters, names): (i64, Vec<sqlx::types::Json<ByType>>, Vec<String>) =
+            sqlx::query_as(FILTERED)
+                .bind(&subscription.group_name)
+                .bind(topic)
+                .fetch_one(pool)
+                .await?;
+        findings.extend(filtered(subscription, handled));
+        findings.extend(filter_differently(subscription, &filters, &names));
         if let Some(of_group) = topic.strip_prefix(TOPIC_PREFIX) {
             findings.extend(without_group(subscription, of_group, subscriptions));
             continue;
@@ -177,6 +192,61 @@ fn unknown(subscription: &SubscriptionStatus) -> Option<Finding> {
             types.join(", ")
         ),
         "that is what unknown = \"settle\" says; if they should be handled, add a handler and `postbox subscriptions replay` them",
+    ))
+}
+
+/// Messages are passed by a filter. If that is so of all, it may have a slip.
+fn filtered(subscription: &SubscriptionStatus, handled: i64) -> Option<Finding> {
+    if subscription.filtered == 0 {
+        return None;
+    }
+    let filters = subscription.filters.0.iter().filter_map(|(name, filter)| {
+        let filter = filter.as_ref()?;
+        Some(match name.as_str() {
+            ALL => filter.clone(),
+            name => format!("{} {filter}", quoted(name)),
+        })
+    });
+    let filters: BTreeSet<String> = filters.collect();
+    let what = format!(
+        "{} on {} has passed {} messages that its filters do not want: {}",
+        subscription.group_name,
+        subscription.topic,
+        subscription.filtered,
+        filters.into_iter().collect::<Vec<_>>().join("; ")
+    );
+    Some(match handled {
+        0 => Finding::new(
+            Severity::Warning,
+            "filtered-all",
+            format!("{what}. No message was handled"),
+            "compare the filter with a message (`postbox messages show ID`): names are case sensitive, and of a payload that is no JSON nothing is true",
+        ),
+        _ => Finding::new(
+            Severity::Note,
+            "filtered",
+            what,
+            "that is what filter = \"…\" says; what is to be handled after all, `postbox subscriptions replay` brings once the filter wants it",
+        ),
+    })
+}
+
+/// Instances with other filters: which one counts is a lane's owner's.
+fn filter_differently(
+    subscription: &SubscriptionStatus,
+    filters: &[sqlx::types::Json<ByType>],
+    names: &[String],
+) -> Option<Finding> {
+    let first = filters.first()?;
+    let other = filters.iter().position(|other| other.0 != first.0)?;
+    Some(Finding::new(
+        Severity::Warning,
+        "filters-differ",
+        format!(
+            "instances {} and {} of {} on {} have different filters: which messages are handled goes by who owns their lane",
+            names[0], names[other], subscription.group_name, subscription.topic
+        ),
+        "unless a deployment is under way, start all of them in the same version",
     ))
 }
 

@@ -26,6 +26,7 @@ const KNOWN: &[&str] = &[
     "rate",
     "instance_rate",
     "window",
+    "filter",
     "timeout",
     "retry",
     "expired",
@@ -59,6 +60,7 @@ pub(super) struct Options {
     pub(super) rate: Option<Expr>,
     pub(super) instance_rate: Option<Expr>,
     pub(super) window: Option<LitStr>,
+    pub(super) filter: Option<Expr>,
     pub(super) timeout: Option<Interval>,
     pub(super) retry: Option<Retry>,
     pub(super) expired: Option<TokenStream>,
@@ -79,7 +81,7 @@ impl Options {
         let (mut batch, mut batch_wait) = (None, None);
         let (mut rate, mut instance_rate, mut window, mut pace) = (None, None, None, None);
         let (mut order, mut start, mut expired, mut on_dead_letter) = (None, None, None, None);
-        let mut unknown = None;
+        let (mut unknown, mut filter) = (None, None);
         let (mut undecodable, mut breaker, mut connections) = (None, None, None);
         let (mut dead_letters_of, mut krate) = (None, None);
         attribute::read_options(input, "#[handler]", KNOWN, |option, name, input| {
@@ -158,6 +160,13 @@ impl Options {
                     window = Some(attribute::string(option, "22:00-06:00 Europe/Berlin", input)?);
                     pace = Some(option.clone());
                 }
+                "filter" => {
+                    filter = Some(attribute::text_or_constant(
+                        option,
+                        "$.payload.total > 100",
+                        input,
+                    )?);
+                }
                 "timeout" => timeout = Some(attribute::interval(option, "20s", input)?),
                 "dead_letters_of" => {
                     dead_letters_of = Some((
@@ -219,6 +228,7 @@ impl Options {
             rate,
             instance_rate,
             window,
+            filter,
             timeout,
             retry,
             expired,

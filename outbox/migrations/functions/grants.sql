@@ -12,15 +12,15 @@ CREATE OR REPLACE FUNCTION postbox.privileges_of(kind text) RETURNS TABLE (privi
             '{deduplicated}'),
         ('publisher', 'UPDATE (deliver_at)', '{own_scheduled}'),
         ('publisher', 'DELETE', '{own_scheduled}'),
-        ('consumer', 'SELECT', '{checkpoint,cluster,consumer,cron,dead_letter,heartbeat,incident,installation,lane,outbox,parked_key,pause,redelivery,retention,run,schema_migration,segment,settlement,subscription,tick,topic}'),
-        ('consumer', 'INSERT', '{checkpoint,consumer,cron,dead_letter,heartbeat,incident,lane,parked_key,redelivery,run,settlement,subscription}'),
+        ('consumer', 'SELECT', '{checkpoint,cluster,consumer,cron,dead_letter,filter,heartbeat,incident,installation,lane,outbox,parked_key,pause,redelivery,retention,run,schema_migration,segment,settlement,subscription,tick,topic}'),
+        ('consumer', 'INSERT', '{checkpoint,consumer,cron,dead_letter,filter,heartbeat,incident,lane,parked_key,redelivery,run,settlement,subscription}'),
         ('consumer', 'UPDATE', '{cron,dead_letter,incident,lane,parked_key,redelivery,run,subscription}'),
         ('consumer', 'UPDATE (leaving)', '{consumer}'),
-        ('consumer', 'DELETE', '{consumer,parked_key,redelivery}'),
+        ('consumer', 'DELETE', '{consumer,filter,parked_key,redelivery}'),
         ('operator', 'DELETE', '{own_scheduled}'),
         ('operator', 'UPDATE (deliver_at)', '{own_scheduled}'),
         ('operator', 'INSERT', '{cron,edit,pause,redelivery}'),
-        ('operator', 'UPDATE', '{cron,dead_letter,edit,lane,redelivery,retention,scheduled,subscription}'),
+        ('operator', 'UPDATE', '{cron,dead_letter,edit,filter,lane,redelivery,retention,scheduled,subscription}'),
         ('operator', 'DELETE', '{cron,dead_letter,edit,parked_key,pause,redelivery,reject,scheduled,settlement,subscription}')
     ) AS p (kind, privilege, tables), unnest(p.tables) AS t (name)
     WHERE p.kind = privileges_of.kind

@@ -48,6 +48,9 @@ BEGIN
     -- them and claims anew.
     UPDATE postbox.lane l SET epoch = l.epoch + 1, position = target, pending = '{}', crashes = 0, changed_at = clock_timestamp()
     WHERE l.subscription_id = of_subscription;
+    -- What comes again meets the filters that there are now.
+    UPDATE postbox.filter f SET "offset" = target WHERE f.subscription_id = of_subscription AND f."offset" > target
+        AND f.n = (SELECT max(o.n) FROM postbox.filter o WHERE o.subscription_id = of_subscription);
     -- Without a word it makes every session look at once.
     PERFORM pg_notify('postbox_segment', '');
     RETURN target;

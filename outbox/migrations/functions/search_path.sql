@@ -11,7 +11,7 @@ BEGIN
     FOR f IN
         SELECT p.oid::regprocedure AS name, p.prokind FROM pg_proc p
         WHERE p.pronamespace = 'postbox'::regnamespace AND p.prosqlbody IS NULL
-            AND p.proname <> ALL ('{broken_rule,publish_bytes,ring_bell,ring_timers,settle,settle_batch,step}')
+            AND p.proname <> ALL ('{broken_rule,publish_bytes,refused_by,ring_bell,ring_timers,settle,settle_batch,step}')
     LOOP
         EXECUTE format('ALTER %s %s SET search_path = pg_catalog, pg_temp',
             CASE f.prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END, f.name);

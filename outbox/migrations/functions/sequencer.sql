@@ -109,6 +109,7 @@ DECLARE
     xids        pg_catalog.xid8[];
     seqs        bigint[];
     keys        integer[];
+    types       integer[];
     first_head  bigint;
     -- The messages of its topic, and which of them are its own.
     its         record;
@@ -119,6 +120,7 @@ DECLARE
     its_seq     bigint;
     its_topic   pg_catalog.text;
     its_key     integer;
+    its_type    integer;
     its_bytes   integer;
     its_row     postbox.outbox[];
     its_look    pg_catalog.pg_snapshot;
@@ -183,8 +185,8 @@ BEGIN
     -- Every number up to last_seq is dealt with, so if those found here are all that were given since, nothing else can be new. No aggregates
     -- and no sorting: they cost more to start than a few messages in a loop. And few expressions, since each is prepared anew in every transaction.
     IF last_seq IS NOT NULL THEN
-        FOR its_xid, its_seq, its_topic, its_key, its_bytes, its_row, its_look IN
-            SELECT o.xid, o.seq, o.topic, postbox.key_hash(o.key), octet_length(o.payload),
+        FOR its_xid, its_seq, its_topic, its_key, its_type, its_bytes, its_row, its_look IN
+            SELECT o.xid, o.seq, o.topic, postbox.key_hash(o.key), postbox.key_hash(o.type), octet_length(o.payload),
                 CASE WHEN octet_length(o.payload) <= wanted_bytes THEN ARRAY[o] END, pg_current_snapshot()
             FROM postbox.outbox o WHERE o.slot = last_slot AND o.xid >= last_xmax
         LOOP
@@ -195,6 +197,7 @@ BEGIN
             xids[count] := its_xid;
             seqs[count] := its_seq;
             keys[count] := its_key;
+            types[count] := its_type;
             bytes := bytes + its_bytes;
             rows := rows || its_row;
         END LOOP;
@@ -219,8 +222,9 @@ BEGIN
             last_topic := NULL;
             rows := NULL;
         ELSE
-            INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
-            VALUES (last_slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
+            INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys, types)
+            VALUES (last_slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END,
+                nullif(CASE WHEN array_remove(types, types[1]) = '{}' THEN types[1:1] ELSE types END, '{NULL}'));
             messages := count;
             last_head := last_head + count;
             IF cardinality(rows) < count THEN
@@ -235,35 +239,37 @@ BEGIN
         -- What became visible since the last tick, by seq, not by xid: a transaction's xid may be older than its insert. The aggregates keep the
         -- order in which they are fed, which is that of their groups. The last group is none: it is there to have this statement's snapshot, for
         -- the new tick, when there is no other.
-        -- No key is -1 here: an array with nulls has no places, so each slice of it would be looked for from the beginning.
+        -- No key and no type are -1 here: an array with nulls has no places, so each slice of it would be looked for from the beginning.
         IF part_look IS NULL THEN
             OPEN found FOR
                 SELECT m.topic, array_agg(m.slot) AS slots, array_agg(m.xid) AS xids, array_agg(m.seq) AS seqs, array_agg(m.key) AS keys,
-                    array_agg(m.bytes) AS bytes, pg_current_snapshot() AS look
+                    array_agg(m.type) AS types, array_agg(m.bytes) AS bytes, pg_current_snapshot() AS look
                 FROM (
                     SELECT o.seq, o.xid, o.slot, octet_length(o.payload) AS bytes, o.topic COLLATE "C" AS topic,
-                        coalesce(postbox.key_hash(o.key), -1) AS key
+                        coalesce(postbox.key_hash(o.key), -1) AS key, coalesce(postbox.key_hash(o.type), -1) AS type
                     FROM postbox.outbox o WHERE o.xid >= last_xmax
                     UNION ALL
-                    SELECT o.seq, o.xid, o.slot, octet_length(o.payload), o.topic COLLATE "C", coalesce(postbox.key_hash(o.key), -1)
+                    SELECT o.seq, o.xid, o.slot, octet_length(o.payload), o.topic COLLATE "C", coalesce(postbox.key_hash(o.key), -1),
+                        coalesce(postbox.key_hash(o.type), -1)
                     FROM postbox.outbox o WHERE o.xid = ANY (last_xip)
                     UNION ALL
-                    SELECT NULL, NULL, NULL, NULL, NULL, NULL
+                    SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL
                     ORDER BY topic, seq) m
                 GROUP BY m.topic;
         ELSE
             OPEN found FOR
                 SELECT m.topic, array_agg(m.slot) AS slots, array_agg(m.xid) AS xids, array_agg(m.seq) AS seqs, array_agg(m.key) AS keys,
-                    array_agg(m.bytes) AS bytes, pg_current_snapshot() AS look
+                    array_agg(m.type) AS types, array_agg(m.bytes) AS bytes, pg_current_snapshot() AS look
                 FROM (
                     SELECT o.seq, o.xid, o.slot, octet_length(o.payload) AS bytes, o.topic COLLATE "C" AS topic,
-                        coalesce(postbox.key_hash(o.key), -1) AS key
+                        coalesce(postbox.key_hash(o.key), -1) AS key, coalesce(postbox.key_hash(o.type), -1) AS type
                     FROM postbox.outbox o WHERE o.xid >= last_xmax AND o.seq BETWEEN part_from AND part_to AND pg_visible_in_snapshot(o.xid, part_look)
                     UNION ALL
-                    SELECT o.seq, o.xid, o.slot, octet_length(o.payload), o.topic COLLATE "C", coalesce(postbox.key_hash(o.key), -1)
+                    SELECT o.seq, o.xid, o.slot, octet_length(o.payload), o.topic COLLATE "C", coalesce(postbox.key_hash(o.key), -1),
+                        coalesce(postbox.key_hash(o.type), -1)
                     FROM postbox.outbox o WHERE o.xid = ANY (last_xip) AND o.seq BETWEEN part_from AND part_to AND pg_visible_in_snapshot(o.xid, part_look)
                     UNION ALL
-                    SELECT NULL, NULL, NULL, NULL, NULL, NULL
+                    SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL
                     ORDER BY topic, seq) m
                 GROUP BY m.topic;
         END IF;
@@ -296,8 +302,10 @@ BEGIN
                 xids := its.xids[low:high];
                 seqs := its.seqs[low:high];
                 keys := array_replace(its.keys[low:high], -1, NULL);
-                INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys)
-                VALUES (last_slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END);
+                types := array_replace(its.types[low:high], -1, NULL);
+                INSERT INTO postbox.segment (slot, topic, base, count, bytes, xids, seqs, keys, types)
+                VALUES (last_slot, topic, last_head, count, bytes, xids, seqs, CASE WHEN array_remove(keys, NULL) <> '{}' THEN keys END,
+                    nullif(CASE WHEN array_remove(types, types[1]) = '{}' THEN types[1:1] ELSE types END, '{NULL}'));
                 messages := messages + count;
                 last_head := last_head + count;
             END LOOP;
@@ -335,7 +343,7 @@ BEGIN
         -- Where a few messages are is told at once; others look.
         IF messages = count AND count <= 64 THEN
             news := concat_ws(' ', topic, last_head, concat_ws(':', last_slot, bytes, array_to_string(xids, ','), array_to_string(seqs, ','),
-                array_to_string(keys, ',', '-')));
+                array_to_string(keys, ',', '-'), array_to_string(types, ',', '-')));
         ELSE
             SELECT coalesce(string_agg(concat_ws(' ', t.topic, t.head, '-'), ' '), '') INTO news FROM unnest(topics, heads) AS t (topic, head);
         END IF;

@@ -6,7 +6,7 @@
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{Request, StoredMessage, Types, Wanted};
+use super::{Filters, Request, StoredMessage, Types, Wanted};
 use crate::error::{DatabaseError, Error, Result};
 use crate::id::MessageId;
 
@@ -35,13 +35,17 @@ fn is_by_size(code: Option<&str>) -> bool {
 pub(super) async fn one_by_one(
     connection: &mut PgConnection,
     topic: &str,
+    filters: &Filters,
     request: &Request,
     types: &mut Types,
     found: &mut [Option<StoredMessage>],
 ) -> Result<()> {
     let mut parts = halves(&request.entries);
     while let Some(part) = parts.pop() {
-        let error = match request.fetch_some(connection, topic, part, types, found).await {
+        let error = match request
+            .fetch_some(connection, topic, filters, part, types, found)
+            .await
+        {
             Err(Error::Database(error)) if is_of_a_row(error.code()) => error,
             read => {
                 read?;

@@ -5,6 +5,7 @@
 mod batch;
 mod broadcast;
 mod failure;
+mod filter;
 mod groups;
 mod inbox;
 mod lanes;

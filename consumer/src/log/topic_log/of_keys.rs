@@ -32,7 +32,7 @@ impl TopicLog {
         limit: usize,
     ) -> Result<OfKeys, postbox::Error> {
         let from = keys.values().copied().min().unwrap_or(to);
-        let wanted = |offset: Offset, key: Option<i32>| is_of(keys, offset.get(), key);
+        let wanted = |offset: Offset, key: Option<i32>, _: Option<i32>| is_of(keys, offset.get(), key);
         let mut segments =
             log::segments(connection, &self.topic, Offset::new(from), OF_KEYS_SEGMENTS).await?;
         loop {
@@ -40,7 +40,10 @@ impl TopicLog {
             let (first, last) = (Offset::new(start), Offset::new(end));
             let found = match expected {
                 0 => Vec::new(),
-                _ => log::messages(connection, &self.topic, &segments, first, last, wanted).await?,
+                _ => {
+                    let filters = &self.filters;
+                    log::messages(connection, &self.topic, &segments, first, last, filters, wanted).await?
+                }
             };
             let records: Vec<Record> = found.into_iter().flatten().map(Record::alone).collect();
             let gone = expected - records.len();
