@@ -318,14 +318,15 @@ async fn what_is_parked_meets_the_filter_when_it_is_taken_up_and_keys_keep_their
     seen.has(198).await;
     let copied =
         "SELECT sum(postbox.copy_parked(l.subscription_id, l.lane, 300, 1000))::bigint FROM postbox.lane l";
-    // Once it is recorded that it is parked.
+    // Once it is recorded that all others are handled.
     eventually(PATIENCE, || async {
-        match bench.number(copied).await {
-            0 => Err("nothing is parked".to_owned()),
-            _ => Ok(()),
+        match status_of(&bench).await {
+            status if status.backlog == 0 && status.parked > 0 => Ok(()),
+            status => Err(format!("{} to be handled, {} parked", status.backlog, status.parked)),
         }
     })
     .await;
+    assert!(bench.number(copied).await > 0);
     bench
         .publish((600..900).map(|n| order(n).key(format!("k{}", n / 2 % 3))))
         .await;
