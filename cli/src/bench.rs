@@ -6,6 +6,7 @@ mod chart;
 mod environment;
 mod failures;
 mod fanout;
+mod filter;
 mod growth;
 mod held_xmin;
 mod idle;
@@ -59,6 +60,8 @@ enum Bench {
     Throughput,
     /// Many groups on one topic, in one process and in several
     Fanout(fanout::Args),
+    /// A group that wants one message in a hundred, by type or by a filter, against one that handles all
+    Filter(filter::Args),
     /// From commit to handler, with the dispatcher in the process and beside it
     Latency(latency::Args),
     /// Handlers that share their transaction with the acknowledgement, against bare transactions
@@ -163,11 +166,12 @@ impl Bench {
         Ok(())
     }
 
-    fn everything() -> [Bench; 11] {
+    fn everything() -> [Bench; 12] {
         [
             Bench::Publish,
             Bench::Throughput,
             Bench::Fanout(fanout::Args::default()),
+            Bench::Filter(filter::Args::default()),
             Bench::Latency(latency::Args::default()),
             Bench::Tx,
             Bench::Idle,
@@ -184,6 +188,7 @@ impl Bench {
             Bench::Publish => "publish",
             Bench::Throughput => "throughput",
             Bench::Fanout(_) => "fanout",
+            Bench::Filter(_) => "filter",
             Bench::Latency(_) => "latency",
             Bench::Tx => "tx",
             Bench::Idle => "idle",
@@ -201,6 +206,7 @@ impl Bench {
             Bench::Publish => publish::measure(environment).await,
             Bench::Throughput => throughput::measure(environment).await,
             Bench::Fanout(args) => fanout::measure(environment, args).await,
+            Bench::Filter(args) => filter::measure(environment, args).await,
             Bench::Latency(args) => latency::measure(environment, args).await,
             Bench::Tx => tx::measure(environment).await,
             Bench::Idle => idle::measure(environment).await,

@@ -40,6 +40,23 @@ impl Sink {
         Self::spread(pool, &[topic.to_owned()], groups, 1).await
     }
 
+    /// One group, with what its handler is made of that one.
+    pub(crate) async fn wanting(
+        pool: PgPool,
+        topic: &str,
+        group: &str,
+        want: impl FnOnce(HandlerDefinition) -> HandlerDefinition,
+    ) -> anyhow::Result<Self> {
+        let counter = Arc::new(AtomicU64::new(0));
+        let consumer = Consumer::new(pool).name("postbox-bench");
+        let handler = want(sink(group, topic, &counter));
+        Ok(Self {
+            counters: vec![counter],
+            consumers: vec![consumer.handlers([handler]).start().await?],
+            topics: vec![topic.to_owned()],
+        })
+    }
+
     /// As [`start`](Self::start), with several topics and instances.
     pub(crate) async fn spread(
         pool: PgPool,

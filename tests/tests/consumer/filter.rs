@@ -322,7 +322,10 @@ async fn what_is_parked_meets_the_filter_when_it_is_taken_up_and_keys_keep_their
     eventually(PATIENCE, || async {
         match status_of(&bench).await {
             status if status.backlog == 0 && status.parked > 0 => Ok(()),
-            status => Err(format!("{} to be handled, {} parked", status.backlog, status.parked)),
+            status => Err(format!(
+                "{} to be handled, {} parked",
+                status.backlog, status.parked
+            )),
         }
     })
     .await;
