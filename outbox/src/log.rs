@@ -19,6 +19,7 @@ use crate::instant::{MaybeTimestamptz, Timestamptz};
 use crate::json::Json;
 use crate::rules;
 
+mod array;
 mod filters;
 mod isolation;
 mod segment;
@@ -113,9 +114,8 @@ pub fn messages_of(segment: &Segment, rows: &[PgRow], first: usize) -> Result<Op
     Ok((messages.len() == segment.seqs.len()).then_some(messages))
 }
 
-/// The messages of consecutive offsets from `from` to before `to`, all of which must be in `segments`; an element is `None` where
-/// the message is not wanted (`wanted` is asked with the offset and the hashes of key and type) or its row is gone. Each says which of `filters` it
-/// does not satisfy.
+/// The messages of consecutive offsets from `from` to before `to`, all of which must be in `segments`, in their order; without those that are not
+/// wanted (`wanted` is asked with the offset and the hash of the key) and those whose rows are gone. Each says which of `filters` it does not satisfy.
 ///
 /// Where the wanted rows are dense in the index they are read as one range, else by address.
 ///
@@ -129,8 +129,8 @@ pub async fn messages(
     from: Offset,
     to: Offset,
     filters: &Filters,
-    wanted: impl Fn(Offset, Option<i32>, Option<i32>) -> bool,
-) -> Result<Vec<Option<StoredMessage>>> {
+    wanted: impl Fn(Offset, Option<i32>) -> bool,
+) -> Result<Vec<StoredMessage>> {
     // Consecutive segments of one slot are one request.
     let mut requests: Vec<Request> = Vec::new();
     for segment in segments
@@ -144,22 +144,24 @@ pub async fn messages(
             request.extend(segment, to, &wanted);
         }
     }
-    let mut found = Vec::with_capacity((to.get() - from.get()).max(0) as usize);
+    let wanted = requests.iter().map(|request| request.entries.len()).sum();
+    let mut found = Vec::with_capacity(wanted);
     let mut types = Types::default();
     for request in requests {
         let start = found.len();
-        found.resize_with(start + request.len(), || None);
         let read = request
-            .fetch(connection, topic, filters, &mut types, &mut found[start..])
+            .fetch(connection, topic, filters, &mut types, &mut found)
             .await;
         match read {
             Err(Error::Database(error)) if isolation::is_of_a_row(error.code()) => {
-                let found = &mut found[start..];
-                isolation::one_by_one(connection, topic, filters, &request, &mut types, found).await?;
+                found.truncate(start);
+                isolation::one_by_one(connection, topic, filters, &request, &mut types, &mut found).await?;
             }
             read => read?,
         }
     }
+    // They come as they are stored, which is nearly so.
+    found.sort_by_key(|message| message.offset);
     Ok(found)
 }
 
@@ -173,7 +175,6 @@ struct Address {
 struct Request {
     slot: i16,
     from: i64,
-    to: i64,
     entries: Vec<Wanted>,
 }
 
@@ -228,31 +229,19 @@ impl Request {
         Self {
             slot,
             from,
-            to: from,
             entries: Vec::new(),
         }
     }
 
-    fn extend(
-        &mut self,
-        segment: &Segment,
-        to: Offset,
-        wanted: impl Fn(Offset, Option<i32>, Option<i32>) -> bool,
-    ) {
+    fn extend(&mut self, segment: &Segment, to: Offset, wanted: impl Fn(Offset, Option<i32>) -> bool) {
         let from = segment.base.max(self.from);
-        self.to = segment.end().get().min(to.get());
-        for offset in (from..self.to).map(Offset::new) {
+        for offset in (from..segment.end().get().min(to.get())).map(Offset::new) {
             let key_hash = segment.key_hash(offset);
-            if wanted(offset, key_hash, segment.type_hash(offset)) {
+            if wanted(offset, key_hash) {
                 self.entries
                     .push((segment.address(offset.get()), offset, key_hash));
             }
         }
-    }
-
-    /// How many offsets it is for, wanted or not.
-    fn len(&self) -> usize {
-        (self.to - self.from) as usize
     }
 
     async fn fetch(
@@ -261,7 +250,7 @@ impl Request {
         topic: &str,
         filters: &Filters,
         types: &mut Types,
-        found: &mut [Option<StoredMessage>],
+        found: &mut Vec<StoredMessage>,
     ) -> Result<()> {
         match self.dense_range() {
             Some((low, high)) => {
@@ -290,7 +279,7 @@ impl Request {
         filters: &Filters,
         entries: &[Wanted],
         types: &mut Types,
-        found: &mut [Option<StoredMessage>],
+        found: &mut Vec<StoredMessage>,
     ) -> Result<()> {
         if entries.is_empty() {
             return Ok(());
@@ -310,7 +299,7 @@ impl Request {
         &self,
         mut rows: BoxStream<'_, sqlx::Result<PgRow>>,
         types: &mut Types,
-        found: &mut [Option<StoredMessage>],
+        found: &mut Vec<StoredMessage>,
         filtered: bool,
     ) -> Result<()> {
         // seq is unique, so it alone says which entry a row is for.
@@ -325,8 +314,7 @@ impl Request {
             let seq: i64 = row.try_get_unchecked(0)?;
             if let Ok(place) = places.binary_search_by_key(&seq, |place| place.0) {
                 let (_, offset, key_hash) = self.entries[places[place].1];
-                let n = (offset.get() - self.from) as usize;
-                found[n] = Some(decode(&row, 0, seq, offset, key_hash, types, filtered));
+                found.push(decode(&row, 0, seq, offset, key_hash, types, filtered));
             }
         }
         Ok(())

@@ -768,14 +768,13 @@ async fn the_log_says_when_a_message_expires() {
         zero,
         five,
         &postbox::log::Filters::NONE,
-        |_, _, _| true,
+        |_, _| true,
     )
     .await
     .unwrap();
     let lifetimes: Vec<Option<i64>> = messages
         .iter()
         .map(|message| {
-            let message = message.as_ref().unwrap();
             message
                 .expires_at
                 .map(|at| (at - message.published_at).num_seconds())

@@ -102,6 +102,22 @@ impl Sink {
             .sum()
     }
 
+    /// Until all groups together have handled so many; returns how many they have.
+    pub(crate) async fn has_handled(&self, messages: u64) -> anyhow::Result<u64> {
+        let begun = Instant::now();
+        loop {
+            match self.handled() {
+                handled if handled >= messages => return Ok(handled),
+                handled => ensure!(
+                    begun.elapsed() < PATIENCE,
+                    "{handled} of {messages} deliveries came in {} s",
+                    PATIENCE.as_secs()
+                ),
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     /// Until every group has handled exactly so many, counted from the start; what is returned counts from when this was called.
     pub(crate) async fn each_handled(&self, messages: u64) -> anyhow::Result<Handled> {
         let expected = messages * self.counters.len() as u64;

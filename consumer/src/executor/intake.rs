@@ -142,12 +142,17 @@ impl Reader {
     }
 
     /// Messages of types with these hashes need not be read.
-    pub(super) fn pass_types(&self, types: HashSet<i32>) {
+    pub(super) fn pass_types(&self, types: Vec<i32>) {
         self.interest.pass(types);
     }
 
     fn stream_of(&self, lane: Lane) -> Option<&Stream> {
         self.streams.iter().find(|stream| stream.lanes.contains(&lane))
+    }
+
+    /// Whether a stream reads a lane.
+    pub(super) fn reads(&self, stream: usize, lane: Lane) -> bool {
+        self.streams[stream].lanes.contains(&lane)
     }
 
     /// The next offset of a lane.
@@ -367,6 +372,9 @@ impl Executor {
         for n in 0..self.reader.streams.len() {
             taken |= self.take_in_stream(n);
         }
+        if taken {
+            self.count_unread();
+        }
         if self.reader.streams.len() > 1 {
             self.reader.merge_streams();
         }
@@ -390,18 +398,19 @@ impl Executor {
         let end = block.end().min(limit);
         let mut taken = 0;
         while taken < INTAKE.max(self.plan.batch) && self.may_take_in() {
-            let offset = self.reader.streams[n].next;
+            let from = self.reader.streams[n].next;
+            let offset = self.settle_unread(n, &block, from, end);
+            taken += usize::from(offset > from);
+            self.reader.streams[n].next = offset;
             if offset >= end {
                 break;
             }
             let index = (offset - block.base) as usize;
             let lane = self.lanes.of(offset, block.key_hash(index));
             if self.reader.streams[n].lanes.contains(&lane) && self.lanes.is_due(lane, offset) {
-                let settled_unread = match &block.entries[index] {
-                    Entry::Unread(hashes) => self.settles_unread(hashes.of_type),
-                    Entry::Message(_) | Entry::Gone(_) => false,
-                };
-                if !settled_unread && matches!(block.entries[index], Entry::Unread(_)) {
+                if let Entry::Unread(hashes) = block.entry(index)
+                    && !self.settles_unread(hashes.of_type)
+                {
                     // Read before the lane was claimed, or before its type was wanted.
                     self.reader.streams[n].block = None;
                     self.reader.read(offset, true, 0);
@@ -411,8 +420,8 @@ impl Executor {
                     lane.pending.remove(&offset);
                 }
                 match Record::new(&block, index) {
-                    _ if settled_unread => {}
                     Some(record) => self.admit(record, offset, lane),
+                    None if matches!(block.entry(index), Entry::Unread(_)) => {}
                     None => {
                         error!(topic = %self.plan.topic, group = %self.plan.group, offset, "the message's row is gone; it is skipped");
                         Counters::add(&self.plan.counters.gone);

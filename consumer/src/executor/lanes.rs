@@ -20,6 +20,17 @@ pub(super) struct Lanes {
     unsettled: BTreeMap<i64, Lane>,
 }
 
+/// What is to be done about messages of a lane that need not be read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Plain {
+    /// Nothing.
+    Elsewhere,
+    /// All of them are due.
+    Due,
+    /// Some of them were settled before.
+    Perhaps,
+}
+
 impl Lanes {
     pub(super) fn new(count: u16) -> Self {
         Self {
@@ -97,6 +108,19 @@ impl Lanes {
         self.get(number).is_some_and(|lane| {
             (offset >= lane.cut || lane.pending.contains(&offset)) && !lane.done.contains(&offset)
         })
+    }
+
+    /// For each lane by its number, whether all its messages from an offset on are due, of those that are read.
+    pub(super) fn plain_from(&self, offset: i64, is_read: impl Fn(Lane) -> bool) -> Vec<Plain> {
+        let mut lanes = vec![Plain::Elsewhere; usize::from(self.count)];
+        for (number, lane) in self.iter().filter(|(number, _)| is_read(*number)) {
+            lanes[number.index()] =
+                match offset >= lane.cut && lane.done.is_empty() && lane.pending.is_empty() {
+                    true => Plain::Due,
+                    false => Plain::Perhaps,
+                };
+        }
+        lanes
     }
 
     pub(super) fn is_draining(&self, number: Lane) -> bool {

@@ -8,12 +8,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Event, Executor, Job};
+use crate::executor::lanes::Plain;
 use crate::handler::MessageOrder;
 use crate::handler::UnknownType;
 use crate::handler::router::Handler;
 use crate::ids::{Epoch, Lane};
-use crate::log::block::Record;
-use crate::protocol::journal::{Disposition, Entry, Needs};
+use crate::log::block::{Block, Entry, Record};
+use crate::protocol::journal::{self, Disposition, Needs};
 use crate::protocol::progress::Counters;
 
 /// An owner that can do some of what a lane needs keeps it for so long, or until there is nothing that it can do, before it lets it go for the rest.
@@ -44,12 +45,20 @@ fn type_of(record: &Record) -> &str {
 pub(super) struct Types {
     /// Those that no live instance handles, where that is not merely waited for.
     orphans: HashSet<String>,
-    /// Those of them that are settled without being read, by their hashes: nobody handles another type with one of these.
-    unread: HashMap<i32, String>,
+    /// Those of them that are settled without being read, in the order of their hashes: nobody handles another type with one of these.
+    unread: Vec<Unread>,
     /// Those of which there was a message.
     met: HashSet<String>,
     /// When to see which needs of lanes are met. `None`: no lane needs another instance.
     needs_at: Option<Instant>,
+}
+
+/// A type whose messages are settled without being read.
+struct Unread {
+    hash: i32,
+    name: String,
+    /// How many, since they were last counted.
+    settled: u64,
 }
 
 impl Types {
@@ -66,6 +75,11 @@ impl Types {
     pub(super) fn look_at(&self) -> Option<Instant> {
         self.needs_at
     }
+
+    /// The number of the type that is settled unread and has this hash.
+    fn unread_number(&self, hash: i32) -> Option<usize> {
+        self.unread.binary_search_by_key(&hash, |of| of.hash).ok()
+    }
 }
 
 impl Executor {
@@ -76,7 +90,7 @@ impl Executor {
             || (self.plan.unknown_types == UnknownType::Settle
                 && self.types.orphans.contains(type_of(record)));
         if settles {
-            self.plan.counters.settled_unknown(&self.plan, type_of(record));
+            self.plan.counters.settled_unknown(&self.plan, type_of(record), 1);
         }
         settles
     }
@@ -90,13 +104,46 @@ impl Executor {
         passes
     }
 
-    /// Whether a message that was not read is one that nobody handles and that is to be settled; if so, it is counted.
-    pub(super) fn settles_unread(&self, of_type: Option<i32>) -> bool {
-        let name = of_type.and_then(|hash| self.types.unread.get(&hash));
-        if let Some(name) = name {
-            self.plan.counters.settled_unknown(&self.plan, name);
+    /// Whether a message that was not read is one that nobody handles and that is to be settled; if so, it will be counted.
+    pub(super) fn settles_unread(&mut self, of_type: Option<i32>) -> bool {
+        let known = of_type.and_then(|hash| self.types.unread_number(hash));
+        if let Some(number) = known {
+            self.types.unread[number].settled += 1;
         }
-        name.is_some()
+        known.is_some()
+    }
+
+    /// Settles what need not be read from an offset on, as far as that is all there is; returns the first offset of something else. Where little is
+    /// wanted this is most of what is done, so the lanes are looked up beforehand.
+    pub(super) fn settle_unread(&mut self, n: usize, block: &Block, from: i64, end: i64) -> i64 {
+        if self.types.unread.is_empty() {
+            return from;
+        }
+        let lanes = self.lanes.plain_from(from, |lane| self.reader.reads(n, lane));
+        let mut next = from;
+        while next < end {
+            let Entry::Unread(hashes) = block.entry((next - block.base) as usize) else {
+                break;
+            };
+            let Some(number) = hashes.of_type.and_then(|hash| self.types.unread_number(hash)) else {
+                break;
+            };
+            match lanes[self.lanes.of(next, hashes.key).index()] {
+                Plain::Elsewhere => {}
+                Plain::Due => self.types.unread[number].settled += 1,
+                Plain::Perhaps => break,
+            }
+            next += 1;
+        }
+        next
+    }
+
+    /// Counts what was settled without being read.
+    pub(super) fn count_unread(&mut self) {
+        for of in self.types.unread.iter_mut().filter(|of| of.settled > 0) {
+            let settled = std::mem::take(&mut of.settled);
+            self.plan.counters.settled_unknown(&self.plan, &of.name, settled);
+        }
     }
 
     /// The message, if it may run now.
@@ -181,7 +228,7 @@ impl Executor {
         let Some(epoch) = self.lanes.epoch(job.lane).filter(|_| !job.suspect) else {
             return;
         };
-        let mut entry = Entry::new(job.lane, epoch, Disposition::Waiting, job.attempt - 1);
+        let mut entry = journal::Entry::new(job.lane, epoch, Disposition::Waiting, job.attempt - 1);
         entry.record = (!job.stored).then(|| job.record.clone());
         self.reporter.note(job.offset, entry);
         job.stored = true;
@@ -221,7 +268,13 @@ impl Executor {
     /// These types no live instance handles, of those that this one does not: the policy decides.
     pub(super) fn orphaned(&mut self, types: HashSet<String>, unread: HashMap<i32, String>) {
         self.reader.pass_types(unread.keys().copied().collect());
-        self.types.unread = unread;
+        let unread = unread.into_iter().map(|(hash, name)| Unread {
+            hash,
+            name,
+            settled: 0,
+        });
+        self.types.unread = unread.collect();
+        self.types.unread.sort_unstable_by_key(|of| of.hash);
         let before = std::mem::replace(&mut self.types.orphans, types);
         let now = |name: &str| self.types.orphans.contains(name) && !before.contains(name);
         let waiting = self.keys.iter().filter_map(|(key, successors)| {
@@ -344,10 +397,10 @@ impl Counters {
         }
     }
 
-    /// A message that nobody handles was settled; the first of its type is told of.
-    fn settled_unknown(&self, plan: &super::Plan, message_type: &str) {
-        Counters::add(&self.unknown);
-        if !self.first_unknown(message_type) {
+    /// Messages that nobody handles were settled; the first of a type is told of.
+    fn settled_unknown(&self, plan: &super::Plan, message_type: &str, count: u64) {
+        self.unknown.fetch_add(count, Ordering::Relaxed);
+        if !self.first_unknown(message_type, count) {
             return;
         }
         tracing::warn!(

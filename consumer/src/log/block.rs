@@ -10,9 +10,11 @@ pub(crate) const MESSAGE_OVERHEAD: usize = 160;
 
 /// Consecutive offsets of a topic.
 pub(crate) struct Block {
-    /// Offset of the first entry.
+    /// Offset of the first.
     pub(crate) base: i64,
-    pub(crate) entries: Vec<Entry>,
+    slots: Vec<Slot>,
+    /// Those that were read, by offset.
+    messages: Vec<StoredMessage>,
     /// What it takes in memory.
     pub(crate) bytes: usize,
     /// What the blocks of its topic take, this one included.
@@ -27,13 +29,28 @@ impl Drop for Block {
     }
 }
 
+/// What is known of one offset. Small, since where little is wanted there are many for a message.
+#[derive(Clone, Copy)]
+pub(crate) struct Slot {
+    hashes: Hashes,
+    what: What,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// The message of this number.
+    Message(u32),
+    Unread,
+    Gone,
+}
+
 /// What is known of one offset.
-pub(crate) enum Entry {
-    Message(StoredMessage),
+pub(crate) enum Entry<'a> {
+    Message(&'a StoredMessage),
     /// Nobody in this process wanted it when the block was read.
     Unread(Hashes),
     /// Its row is no longer there.
-    Gone(Hashes),
+    Gone,
 }
 
 /// What a segment says of a message beside its place: the hashes of its key and its type.
@@ -43,19 +60,51 @@ pub(crate) struct Hashes {
     pub(crate) of_type: Option<i32>,
 }
 
+impl Slot {
+    /// Of a message that is not read yet.
+    pub(crate) fn new(hashes: Hashes, wanted: bool) -> Self {
+        Self {
+            hashes,
+            what: if wanted { What::Gone } else { What::Unread },
+        }
+    }
+
+    /// Whether its message is to be read.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.what != What::Unread
+    }
+}
+
 impl Block {
-    /// Of the offsets from `base` on.
-    pub(crate) fn new(base: i64, entries: Vec<Entry>) -> Self {
-        let bytes = entries.iter().map(|entry| match entry {
-            Entry::Message(message) => message.payload.len() + MESSAGE_OVERHEAD,
-            Entry::Unread(_) | Entry::Gone(_) => size_of::<Entry>(),
-        });
+    /// Of the offsets from `base` on, with what was found of what is wanted of them, by offset. What was not is gone.
+    pub(crate) fn new(base: i64, mut slots: Vec<Slot>, messages: Vec<StoredMessage>) -> Self {
+        for (n, message) in messages.iter().enumerate() {
+            if let Some(slot) = slots.get_mut((message.offset.get() - base) as usize) {
+                slot.what = What::Message(n as u32);
+            }
+        }
+        let payloads = messages
+            .iter()
+            .map(|message| message.payload.len() + MESSAGE_OVERHEAD);
         Self {
             base,
-            bytes: bytes.sum(),
-            entries,
+            bytes: payloads.sum::<usize>() + slots.len() * size_of::<Slot>(),
+            slots,
+            messages,
             held: None,
         }
+    }
+
+    /// Consecutive messages.
+    pub(crate) fn of(base: i64, messages: Vec<StoredMessage>) -> Self {
+        let slot = |message: &StoredMessage| {
+            let hashes = Hashes {
+                key: message.key_hash,
+                of_type: None,
+            };
+            Slot::new(hashes, true)
+        };
+        Self::new(base, messages.iter().map(slot).collect(), messages)
     }
 
     /// Counted for as long as it is there.
@@ -65,22 +114,33 @@ impl Block {
         self
     }
 
-    /// The hash of the key of the entry at `index`.
-    pub(crate) fn key_hash(&self, index: usize) -> Option<i32> {
-        match &self.entries[index] {
-            Entry::Message(message) => message.key_hash,
-            Entry::Unread(hashes) | Entry::Gone(hashes) => hashes.key,
+    /// What is known at `index`.
+    pub(crate) fn entry(&self, index: usize) -> Entry<'_> {
+        let slot = self.slots[index];
+        match slot.what {
+            What::Message(n) => Entry::Message(&self.messages[n as usize]),
+            What::Unread => Entry::Unread(slot.hashes),
+            What::Gone => Entry::Gone,
         }
+    }
+
+    pub(crate) fn entries(&self) -> impl Iterator<Item = Entry<'_>> {
+        (0..self.slots.len()).map(|index| self.entry(index))
+    }
+
+    /// The hash of the key of the message at `index`.
+    pub(crate) fn key_hash(&self, index: usize) -> Option<i32> {
+        self.slots[index].hashes.key
     }
 
     /// Whether a wanted message's row was not found.
     pub(crate) fn has_gone(&self) -> bool {
-        self.entries.iter().any(|entry| matches!(entry, Entry::Gone(_)))
+        self.slots.iter().any(|slot| slot.what == What::Gone)
     }
 
     /// One past the last offset.
     pub(crate) fn end(&self) -> i64 {
-        self.base + self.entries.len() as i64
+        self.base + self.slots.len() as i64
     }
 }
 
@@ -88,43 +148,39 @@ impl Block {
 #[derive(Clone)]
 pub(crate) struct Record {
     block: Arc<Block>,
-    index: u32,
+    /// Among the block's messages.
+    number: u32,
 }
 
 impl Record {
     /// `None` where the block has no message at that index.
     pub(crate) fn new(block: &Arc<Block>, index: usize) -> Option<Self> {
-        matches!(block.entries.get(index)?, Entry::Message(_)).then(|| Self {
-            block: block.clone(),
-            index: index as u32,
-        })
+        match block.slots.get(index)?.what {
+            What::Message(number) => Some(Self {
+                block: block.clone(),
+                number,
+            }),
+            What::Unread | What::Gone => None,
+        }
     }
 
     /// A message by itself.
     pub(crate) fn alone(message: StoredMessage) -> Self {
         Self {
-            block: Arc::new(Block {
-                base: message.offset.get(),
-                bytes: message.payload.len(),
-                entries: vec![Entry::Message(message)],
-                held: None,
-            }),
-            index: 0,
+            block: Arc::new(Block::of(message.offset.get(), vec![message])),
+            number: 0,
         }
     }
 
     /// The same message without the rest of its block, for one that stays long.
     pub(crate) fn detached(self) -> Self {
-        match self.block.entries.len() {
+        match self.block.slots.len() {
             1 => self,
             _ => Self::alone(self.message().clone()),
         }
     }
 
     pub(crate) fn message(&self) -> &StoredMessage {
-        match &self.block.entries[self.index as usize] {
-            Entry::Message(message) => message,
-            Entry::Unread(_) | Entry::Gone(_) => unreachable!("a record is only made of a message"),
-        }
+        &self.block.messages[self.number as usize]
     }
 }

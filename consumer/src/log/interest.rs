@@ -1,6 +1,5 @@
 //! What somebody in this process wants of a topic: the lanes that it owns, without types that it settles unread.
 
-use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,8 +11,8 @@ use crate::log::block::Hashes;
 pub(crate) struct Interest {
     lanes: u16,
     owned: Vec<AtomicU64>,
-    /// Hashes of types.
-    passes: Mutex<Arc<HashSet<i32>>>,
+    /// Hashes of types, in order.
+    passes: Mutex<Arc<Vec<i32>>>,
 }
 
 impl Interest {
@@ -35,18 +34,18 @@ impl Interest {
     }
 
     /// Messages of types with these hashes are settled without being looked at.
-    pub(crate) fn pass(&self, types: HashSet<i32>) {
+    pub(crate) fn pass(&self, mut types: Vec<i32>) {
+        types.sort_unstable();
         *self.passes.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(types);
     }
 
     pub(crate) fn now(&self) -> Wanted {
-        let owned = self
-            .owned
-            .iter()
-            .map(|word| word.load(Ordering::Relaxed))
-            .collect();
+        let words = self.owned.iter().map(|word| word.load(Ordering::Relaxed));
+        let owned: Vec<u64> = words.collect();
+        let lanes: u32 = owned.iter().map(|word| word.count_ones()).sum();
         Wanted {
             lanes: self.lanes,
+            all_lanes: lanes == u32::from(self.lanes),
             owned,
             passes: (self.passes.lock().unwrap_or_else(PoisonError::into_inner)).clone(),
         }
@@ -56,19 +55,22 @@ impl Interest {
 /// What a subscription wanted of its topic at one moment.
 pub(crate) struct Wanted {
     lanes: u16,
+    all_lanes: bool,
     owned: Vec<u64>,
-    passes: Arc<HashSet<i32>>,
+    passes: Arc<Vec<i32>>,
 }
 
 impl Wanted {
     pub(crate) fn is_all(&self) -> bool {
-        let owned: u32 = self.owned.iter().map(|word| word.count_ones()).sum();
-        owned == u32::from(self.lanes) && self.passes.is_empty()
+        self.all_lanes && self.passes.is_empty()
     }
 
     pub(crate) fn contain(&self, offset: i64, hashes: Hashes) -> bool {
-        let lane = lane_of(offset, hashes.key, self.lanes);
-        self.owned[lane.index() / 64] & (1 << (lane.index() % 64)) != 0
-            && (self.passes.is_empty() || !hashes.of_type.is_some_and(|name| self.passes.contains(&name)))
+        let owns = || {
+            let lane = lane_of(offset, hashes.key, self.lanes);
+            self.owned[lane.index() / 64] & (1 << (lane.index() % 64)) != 0
+        };
+        let passes = |name: i32| self.passes.binary_search(&name).is_ok();
+        (self.all_lanes || owns()) && !hashes.of_type.is_some_and(passes)
     }
 }

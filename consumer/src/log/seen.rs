@@ -117,7 +117,7 @@ impl SeenTail {
         let mut at = first;
         while let Some(block) = log.read(at).await? {
             for (offset, entry) in (block.base..)
-                .zip(&block.entries)
+                .zip(block.entries())
                 .skip((at - block.base).max(0) as usize)
             {
                 let Some(seen) = self.tail.get(same) else {
@@ -126,7 +126,7 @@ impl SeenTail {
                 match entry {
                     Entry::Message(message) if (offset, message.id) == *seen => same += 1,
                     Entry::Message(_) => return Ok(same),
-                    Entry::Unread(_) | Entry::Gone(_) => {}
+                    Entry::Unread(_) | Entry::Gone => {}
                 }
             }
             at = block.end();
@@ -142,9 +142,9 @@ impl SeenTail {
             let (offset, id) = self.trail[middle];
             let is_same = match log.read(offset).await? {
                 Some(block) if offset < block.base => true,
-                Some(block) => match &block.entries[(offset - block.base) as usize] {
+                Some(block) => match block.entry((offset - block.base) as usize) {
                     Entry::Message(message) => message.id == id,
-                    Entry::Unread(_) | Entry::Gone(_) => true,
+                    Entry::Unread(_) | Entry::Gone => true,
                 },
                 None => false,
             };

@@ -19,7 +19,7 @@ use sqlx::{PgConnection, Postgres};
 use tokio::sync::watch;
 
 pub(crate) use self::of_keys::OfKeys;
-use crate::log::block::{Block, Entry, Hashes, MESSAGE_OVERHEAD};
+use crate::log::block::{Block, Hashes, MESSAGE_OVERHEAD, Slot};
 use crate::log::interest::{Interest, Wanted};
 use crate::log::readers::Readers;
 
@@ -65,6 +65,8 @@ struct State {
     bytes: usize,
     /// Consecutive segments.
     index: Vec<Segment>,
+    /// More of them are being read.
+    reads_index: bool,
     reading: HashMap<i64, SharedRead>,
     interests: Vec<Weak<Interest>>,
     /// Raised when all that was read may be wrong.
@@ -101,8 +103,8 @@ impl TopicLog {
             // The server compares messages with filters when they are read.
             if let Some(messages) = messages.filter(|_| self.filters.is_empty()) {
                 let generation = state.generation;
-                let entries = messages.iter().cloned().map(Entry::Message).collect();
-                state.keep(Arc::new(Block::new(segment.base().get(), entries)), generation);
+                let block = Block::of(segment.base().get(), messages.to_vec());
+                state.keep(Arc::new(block), generation);
             }
             state.extend_index(segment);
         }
@@ -159,6 +161,9 @@ impl TopicLog {
                         let read = AssertUnwindSafe(this.load(from, generation)).catch_unwind().await;
                         // However it ended: who comes next reads anew.
                         this.lock().reading.remove(&from);
+                        if let Ok(Ok(Some(block))) = &read {
+                            this.extend_index_ahead_of(block.end());
+                        }
                         read.unwrap_or_else(|panic| Err(panicked(panic.as_ref())))
                             .map_err(Arc::new)
                     });
@@ -248,6 +253,35 @@ impl TopicLog {
         Ok(index)
     }
 
+    /// Reads more of the index in the background where it ends soon: where little is wanted, that is most of what is read.
+    fn extend_index_ahead_of(self: &Arc<Self>, from: i64) {
+        let mut state = self.lock();
+        let end = state.index.last().map_or(from, |last| last.end().get());
+        let is_near = end - from < BLOCK_OFFSETS * 4 && end < *self.head.borrow();
+        if state.reads_index || !is_near {
+            return;
+        }
+        state.reads_index = true;
+        let (generation, this) = (state.generation, self.clone());
+        drop(state);
+        tokio::spawn(async move {
+            let read = async {
+                let mut connection = this.readers.acquire().await?;
+                let segments = log::segments(&mut connection, &this.topic, Offset::new(end), INDEX_SEGMENTS);
+                in_time(READ_TIMEOUT, "reading the index", segments).await
+            };
+            let read: Result<Vec<Segment>, postbox::Error> = read.await;
+            let mut state = this.lock();
+            state.reads_index = false;
+            // Whoever needs them sees the error.
+            if let (Ok(segments), true) = (read, state.generation == generation) {
+                segments
+                    .into_iter()
+                    .for_each(|segment| state.extend_index(segment));
+            }
+        });
+    }
+
     /// `None` if there are no segments.
     async fn read_block(
         &self,
@@ -259,37 +293,21 @@ impl TopicLog {
             return Ok(None);
         };
         let from = from.max(first.base().get());
-        let wants = self.wants();
-        let wanted = |offset: Offset, key: Option<i32>, of_type: Option<i32>| {
-            wants(offset.get(), Hashes { key, of_type })
-        };
-        let to = block_end(segments, from, &wants);
+        let slots = slots(segments, from, self.wants());
+        let to = from + slots.len() as i64;
+        let wanted = |offset: Offset, _| slots[(offset.get() - from) as usize].is_wanted();
+        let (first, last) = (Offset::new(from), Offset::new(to));
         let found = log::messages(
             connection,
             &self.topic,
             segments,
-            Offset::new(from),
-            Offset::new(to),
+            first,
+            last,
             &self.filters,
             wanted,
-        )
-        .await?;
-
-        let mut entries = Vec::with_capacity(found.len());
-        let mut segments = segments.iter().peekable();
-        for (offset, message) in (from..).zip(found) {
-            while segments
-                .next_if(|segment| segment.end().get() <= offset)
-                .is_some()
-            {}
-            let hashes = (segments.peek()).map_or(Hashes::default(), |segment| hashes_of(segment, offset));
-            entries.push(match message {
-                Some(message) => Entry::Message(message),
-                None if wants(offset, hashes) => Entry::Gone(hashes),
-                None => Entry::Unread(hashes),
-            });
-        }
-        Ok(Some(Block::new(from, entries)))
+        );
+        let found = found.await?;
+        Ok(Some(Block::new(from, slots, found)))
     }
 
     /// The known segments from the one that contains `from`.
@@ -389,30 +407,27 @@ fn failed(why: String) -> postbox::Error {
     sqlx::Error::Io(std::io::Error::other(why)).into()
 }
 
-fn hashes_of(segment: &Segment, offset: i64) -> Hashes {
-    let offset = Offset::new(offset);
-    Hashes {
-        key: segment.key_hash(offset),
-        of_type: segment.type_hash(offset),
-    }
-}
-
-/// Where a block that begins at `from` ends: after so many messages that are wanted.
-fn block_end(segments: &[Segment], from: i64, wants: impl Fn(i64, Hashes) -> bool) -> i64 {
+/// Of a block that begins at `from`, which ends after so many messages that are wanted.
+fn slots(segments: &[Segment], from: i64, wants: impl Fn(i64, Hashes) -> bool) -> Vec<Slot> {
     let most = from + BLOCK_OFFSETS;
-    let (mut end, mut messages, mut bytes) = (from, 0, 0);
+    let mut slots = Vec::with_capacity(BLOCK_MESSAGES as usize);
+    let (mut messages, mut bytes) = (0, 0);
     for segment in segments {
         let size = segment.mean_bytes() + MESSAGE_OVERHEAD;
-        for offset in end..segment.end().get().min(most) {
-            let wanted = wants(offset, hashes_of(segment, offset));
-            if wanted && (messages == BLOCK_MESSAGES || bytes + size > BLOCK_BYTES) {
-                // One message is more than nothing, whatever its size.
-                return offset.max(from + 1);
+        for offset in segment.base().get().max(from)..segment.end().get().min(most) {
+            let hashes = Hashes {
+                key: segment.key_hash(Offset::new(offset)),
+                of_type: segment.type_hash(Offset::new(offset)),
+            };
+            let wanted = wants(offset, hashes);
+            // One message is more than nothing, whatever its size.
+            if wanted && !slots.is_empty() && (messages == BLOCK_MESSAGES || bytes + size > BLOCK_BYTES) {
+                return slots;
             }
             messages += i64::from(wanted);
             bytes += usize::from(wanted) * size;
-            end = offset + 1;
+            slots.push(Slot::new(hashes, wanted));
         }
     }
-    end.max(from + 1)
+    slots
 }

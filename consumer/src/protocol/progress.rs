@@ -145,16 +145,16 @@ impl Counters {
         counter.fetch_add(count as u64, Ordering::Relaxed);
     }
 
-    /// Counts it by its type; whether it is the first.
-    pub(crate) fn first_unknown(&self, message_type: &str) -> bool {
+    /// Counts them by their type; whether they are the first.
+    pub(crate) fn first_unknown(&self, message_type: &str, messages: u64) -> bool {
         let mut types = self.unknown_types.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = types.get_mut(message_type) {
-            *count += 1;
+            *count += messages;
             return false;
         }
         let is_told = types.len() < MOST_TYPES;
         if is_told {
-            types.insert(message_type.to_owned(), 1);
+            types.insert(message_type.to_owned(), messages);
         }
         is_told
     }

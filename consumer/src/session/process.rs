@@ -244,12 +244,8 @@ async fn before(pool: &PgPool, topic: &str, position: i64) -> Result<Option<(i64
         from,
         to,
         &Filters::NONE,
-        |_, _, _| true,
+        |_, _| true,
     )
     .await?;
-    Ok(found
-        .into_iter()
-        .flatten()
-        .next()
-        .map(|message| (from.get(), message.id)))
+    Ok(found.into_iter().next().map(|message| (from.get(), message.id)))
 }

@@ -38,15 +38,19 @@ pub(super) async fn one_by_one(
     filters: &Filters,
     request: &Request,
     types: &mut Types,
-    found: &mut [Option<StoredMessage>],
+    found: &mut Vec<StoredMessage>,
 ) -> Result<()> {
     let mut parts = halves(&request.entries);
     while let Some(part) = parts.pop() {
+        let start = found.len();
         let error = match request
             .fetch_some(connection, topic, filters, part, types, found)
             .await
         {
-            Err(Error::Database(error)) if is_of_a_row(error.code()) => error,
+            Err(Error::Database(error)) if is_of_a_row(error.code()) => {
+                found.truncate(start);
+                error
+            }
             read => {
                 read?;
                 continue;
@@ -75,13 +79,8 @@ pub(super) async fn one_by_one(
             if is_by_size(error.code()) && size < GIANT {
                 return Err(Error::Database(error));
             }
-            found[(offset.get() - request.from) as usize] = Some(StoredMessage::unread(
-                MessageId::from(id),
-                *offset,
-                address.seq,
-                *key_hash,
-                error.to_string(),
-            ));
+            let (id, why) = (MessageId::from(id), error.to_string());
+            found.push(StoredMessage::unread(id, *offset, address.seq, *key_hash, why));
         }
     }
     Ok(())

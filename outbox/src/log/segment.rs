@@ -2,6 +2,7 @@
 
 use sqlx::{PgConnection, Row};
 
+use super::array::elements;
 use super::{Address, Xid};
 use crate::error::{Error, Result};
 use crate::id::Offset;
@@ -121,10 +122,10 @@ pub async fn segments(
                 base: row.try_get(0)?,
                 slot: row.try_get(1)?,
                 bytes: row.try_get(2)?,
-                xids: row.try_get_unchecked(3)?,
-                seqs: row.try_get(4)?,
-                keys: row.try_get(5)?,
-                types: row.try_get(6)?,
+                xids: elements(row, 3, |xid| Some(Xid(u64::from_be_bytes(xid?))))?.unwrap_or_default(),
+                seqs: elements(row, 4, |seq| Some(i64::from_be_bytes(seq?)))?.unwrap_or_default(),
+                keys: elements(row, 5, |key| Some(key.map(i32::from_be_bytes)))?,
+                types: elements(row, 6, |name| Some(name.map(i32::from_be_bytes)))?,
             };
             let count = segment.seqs.len();
             let is_whole = segment.xids.len() == count

@@ -151,11 +151,12 @@ async fn reading_by_address_gives_no_row_of_another_topic() {
         &segments,
         from,
         postbox::Offset::new(2),
+        &postbox::log::Filters::NONE,
         |_, _| true,
     )
     .await
     .unwrap();
-    assert!(found.iter().all(Option::is_none), "{found:?}");
+    assert!(found.is_empty(), "{found:?}");
 }
 
 /// A step whose number the dispatcher could not know has its seal, too: the first of a database, and one after others took steps. Without it nobody

@@ -32,7 +32,7 @@ impl TopicLog {
         limit: usize,
     ) -> Result<OfKeys, postbox::Error> {
         let from = keys.values().copied().min().unwrap_or(to);
-        let wanted = |offset: Offset, key: Option<i32>, _: Option<i32>| is_of(keys, offset.get(), key);
+        let wanted = |offset: Offset, key: Option<i32>| is_of(keys, offset.get(), key);
         let mut segments =
             log::segments(connection, &self.topic, Offset::new(from), OF_KEYS_SEGMENTS).await?;
         loop {
@@ -45,7 +45,7 @@ impl TopicLog {
                     log::messages(connection, &self.topic, &segments, first, last, filters, wanted).await?
                 }
             };
-            let records: Vec<Record> = found.into_iter().flatten().map(Record::alone).collect();
+            let records: Vec<Record> = found.into_iter().map(Record::alone).collect();
             let gone = expected - records.len();
             if gone > 0 {
                 // As in `load`: their addresses may be new.
@@ -80,11 +80,11 @@ impl TopicLog {
                             gone: 0,
                         });
                     }
-                    match &block.entries[index] {
+                    match block.entry(index) {
                         Entry::Message(_) => records.extend(Record::new(block, index)),
                         Entry::Unread(_) => return None,
                         // It was said when the lane passed it.
-                        Entry::Gone(_) => {}
+                        Entry::Gone => {}
                     }
                 }
                 end = offset + 1;
