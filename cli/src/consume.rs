@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{ArgGroup, ValueEnum};
 use postbox_consumer::{
     Consumer, DEFAULT_MAX_ATTEMPTS, Delivery, Exhausted, Extract, HandlerDefinition, Invocation,
-    MessageOrder, Position, Raw, Retry,
+    MessageOrder, Position, Raw, Retry, UnknownType,
 };
 use postbox_dispatcher::{Dispatcher, status};
 use sqlx::PgPool;
@@ -204,6 +204,10 @@ impl Args {
         }
         if let Some(start) = self.from {
             handler = handler.start(start);
+        }
+        if !self.types.is_empty() {
+            // What nobody in the group asks for is skipped.
+            handler = handler.unknown(UnknownType::Settle);
         }
         self.types.iter().fold(handler, |handler, message_type| {
             handler.message_type(message_type.clone())

@@ -1,5 +1,6 @@
 //! `postbox subscriptions`: list, seek, replay, pause, resume, limit, window, drop.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -267,8 +268,21 @@ fn settings(subscription: &SubscriptionStatus) -> String {
     ]
     .into_iter()
     .flatten()
+    .chain(filters(subscription))
     .collect();
     settings.join(", ")
+}
+
+/// Each once, with the type that it is for.
+fn filters(subscription: &SubscriptionStatus) -> impl Iterator<Item = String> {
+    let filters = subscription.filters.0.iter().filter_map(|(name, filter)| {
+        let filter = filter.as_ref()?;
+        Some(match name.as_str() {
+            "" | "*" => format!("filter {filter}"),
+            name => format!("filter of {name} {filter}"),
+        })
+    });
+    filters.collect::<BTreeSet<String>>().into_iter()
 }
 
 async fn seek(pool: &PgPool, args: Seek) -> anyhow::Result<ExitCode> {

@@ -620,6 +620,85 @@ async fn only_the_types_asked_for_are_printed() {
         "5",
     ];
     assert_eq!(offsets(&succeed(run(&db, &arguments))), [0, 2]);
+    // What is skipped holds up nothing of its key.
+    for message_type in ["b", "a"] {
+        succeed(run(
+            &db,
+            &[
+                "publish",
+                "t",
+                "--payload",
+                "1",
+                "--type",
+                message_type,
+                "--key",
+                "k",
+            ],
+        ));
+    }
+    assert_eq!(offsets(&succeed(run(&db, &arguments))), [5]);
+}
+
+#[tokio::test]
+async fn only_what_the_filter_wants_is_printed_and_a_wrong_one_is_refused() {
+    let db = TestDatabase::new().await.unwrap();
+    let _dispatcher = dispatcher(&db).await;
+    let mut ids = Vec::new();
+    for (total, region) in [("50", "region=EU"), ("500", "region=EU"), ("500", "region=US")] {
+        let payload = format!("{{\"total\": {total}}}");
+        let arguments = [
+            "publish",
+            "t",
+            "--payload",
+            &payload,
+            "--header",
+            region,
+            "--key",
+            "k",
+        ];
+        ids.push(succeed(run(&db, &arguments)).trim().to_owned());
+    }
+    let filter = "$.payload.total > 100 && $.headers.region == \"EU\"";
+    let arguments = [
+        "consume",
+        "t",
+        "--group",
+        "g",
+        "--filter",
+        filter,
+        "--json",
+        "--idle-timeout",
+        "5",
+    ];
+    assert_eq!(offsets(&succeed(run(&db, &arguments))), [1]);
+    for (id, state) in ids.iter().zip(["filtered", "delivered", "filtered"]) {
+        let shown = succeed(run(&db, &["messages", "show", id]));
+        assert!(shown.contains(state), "{state}: {shown}");
+    }
+    let status = json_lines(&succeed(run(&db, &["status", "--json"])));
+    assert_eq!(
+        status[0]["subscriptions"][0]["filters"],
+        json!({ "": filter, "*": filter })
+    );
+    let listed = succeed(run(&db, &["subscriptions", "list"]));
+    assert!(listed.contains(filter), "{listed}");
+
+    let wrong = [
+        "consume",
+        "t",
+        "--group",
+        "g",
+        "--filter",
+        "$.payload.total >",
+        "--idle-timeout",
+        "5",
+    ];
+    let refused = run(&db, &wrong);
+    let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && stderr.contains("at character 18"),
+        "{stderr}"
+    );
 }
 
 #[tokio::test]
