@@ -21,6 +21,7 @@ mod report;
 mod run;
 mod runs;
 pub(crate) mod settlement;
+mod standing;
 pub(crate) mod throttle;
 mod unknown;
 
@@ -38,6 +39,7 @@ use crate::ids::Lane;
 use crate::log::block::Record;
 use crate::log::seen::SeenTail;
 use crate::log::topic_log::TopicLog;
+use crate::protocol::standing::Standing;
 
 pub(crate) use self::command::{Broken, Claim, Command, Event, Membership, Pace};
 pub(crate) use self::plan::{Plan, Transactions};
@@ -66,6 +68,8 @@ pub(crate) struct Executor {
     quarantine: Quarantine,
     types: Types,
     reporter: Reporter,
+    /// Who wants to know how things stand.
+    asked: Vec<mpsc::UnboundedSender<Standing>>,
 }
 
 /// To the session that this executor works for.
@@ -135,6 +139,7 @@ impl Executor {
             quarantine: Quarantine::default(),
             types: Types::default(),
             reporter: Reporter::new(),
+            asked: Vec::new(),
             plan,
         }
     }
@@ -198,6 +203,7 @@ impl Executor {
                 continue;
             }
             self.begin_read();
+            self.tell_how_things_stand();
             self.wait().await;
         }
     }
@@ -266,6 +272,7 @@ impl Executor {
             Command::Orphans(types) => self.orphaned(types),
             Command::Served { lanes, types } => self.served(&lanes, &types),
             Command::Advance(span) => self.advance(span),
+            Command::Tell(asker) => self.is_asked(asker),
             Command::Resync => self.resync().await,
             Command::Stop(grace) => {
                 self.admission.stop(grace);

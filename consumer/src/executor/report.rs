@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::Executor;
-use crate::handler::Telling;
+use crate::handler::{Hooks, Telling};
 use crate::ids::{Epoch, Lane};
 use crate::protocol::journal::{Entry, Journal, Needs, ParkedFrom};
 use crate::protocol::progress::{Intake, LanePosition, Progress, Snapshot};
@@ -143,6 +143,11 @@ impl Reporter {
         self.dirty && (is_idle || self.urgent || self.reported.elapsed() >= REPORT_EVERY)
     }
 
+    /// Something is to be reported, or what waits for a report is not recorded yet.
+    pub(super) fn is_pending(&self) -> bool {
+        self.dirty || !self.recording.is_empty()
+    }
+
     /// When the next report is due.
     pub(super) fn due_at(&self) -> Option<Instant> {
         self.dirty.then(|| self.reported + REPORT_EVERY)
@@ -217,7 +222,8 @@ impl Executor {
                 telling,
             } => {
                 if let Some(telling) = telling {
-                    tokio::spawn(telling.tell(self.plan.hooks.clone()));
+                    let turn = Hooks::begin(&self.plan.hooks);
+                    tokio::spawn(telling.tell(turn));
                 }
                 if let Some(key) = key
                     && self.lanes.epoch(lane) == Some(epoch)
