@@ -66,8 +66,16 @@ impl TestDatabase {
     }
 
     pub(crate) async fn migrated_in(server: TestPostgres) -> Result<Self, Error> {
+        Self::copied_in(server, template::ensure).await
+    }
+
+    /// A copy of the template whose name this gives, which makes sure that it is there.
+    pub(crate) async fn copied_in(
+        server: TestPostgres,
+        ensure: impl AsyncFn(&mut PgConnection, &TestPostgres) -> Result<String, Error>,
+    ) -> Result<Self, Error> {
         let mut connection = enter(&server).await?;
-        let template = template::ensure(&mut connection, &server).await?;
+        let template = ensure(&mut connection, &server).await?;
         let name = fresh_name();
         let copy = format!("create database {name} template {template}");
         if let Err(error) = execute(&mut connection, copy.clone()).await {
@@ -77,7 +85,7 @@ impl TestDatabase {
             if !is_gone {
                 return Err(error);
             }
-            template::ensure(&mut connection, &server).await?;
+            ensure(&mut connection, &server).await?;
             execute(&mut connection, copy).await?;
         }
         Self::open(server, connection, name).await

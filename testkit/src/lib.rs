@@ -36,6 +36,10 @@ mod database;
 mod engine;
 mod error;
 mod eventually;
+#[cfg(feature = "kit")]
+mod kit;
+#[cfg(feature = "kit")]
+mod migrations;
 mod npm;
 mod postgres;
 mod processes;
@@ -53,5 +57,18 @@ mod version;
 pub use database::TestDatabase;
 pub use error::Error;
 pub use eventually::eventually;
+#[cfg(feature = "kit")]
+pub use kit::{DEFAULT_PATIENCE, HandlerName, Kit, KitConsumer, PublishedMessage, RunningConsumer, Span};
+#[cfg(feature = "kit")]
+pub use postbox_dispatcher::dead_letters::DeadLetter;
+#[cfg(feature = "kit")]
+pub use postbox_macros::test;
 pub use postgres::{TestBackup, TestPostgres, TestPostgresBuilder};
 pub use surroundings::PERVERSE;
+
+/// What the attribute expands to; not for use by hand.
+#[cfg(feature = "kit")]
+#[doc(hidden)]
+pub mod __private {
+    pub use crate::kit::{Options, run};
+}
