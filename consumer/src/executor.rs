@@ -14,6 +14,7 @@ mod inline_cost;
 mod intake;
 mod keys;
 mod lanes;
+mod moved;
 mod plan;
 mod quarantine;
 mod ready;
@@ -48,6 +49,7 @@ use failure::Failing;
 use intake::Reader;
 use keys::Keys;
 use lanes::Lanes;
+use moved::Moved;
 use quarantine::Quarantine;
 use ready::{Jobs, Queue};
 use report::Reporter;
@@ -65,6 +67,7 @@ pub(crate) struct Executor {
     admission: Admission,
     runs: Runs,
     failing: Failing,
+    moved: Moved,
     quarantine: Quarantine,
     types: Types,
     reporter: Reporter,
@@ -136,6 +139,7 @@ impl Executor {
             admission: Admission::new(plan.breaker, !is_member),
             runs: Runs::default(),
             failing: Failing::default(),
+            moved: Moved::default(),
             quarantine: Quarantine::default(),
             types: Types::default(),
             reporter: Reporter::new(),

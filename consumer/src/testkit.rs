@@ -13,6 +13,8 @@ use crate::outcome::{BoxFuture, Outcome};
 pub use crate::protocol::standing::Standing;
 use crate::session::Ask;
 
+pub use postbox_core::link::is_direct;
+
 /// How things stand with each of its executors, once each has nothing to do but wait; `None`: the session is lost, or an executor is. It waits for as long
 /// as one has something to do at once.
 pub async fn standings(handle: &ConsumerHandle) -> Option<Vec<Standing>> {

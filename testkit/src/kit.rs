@@ -131,6 +131,10 @@ impl Kit {
     /// # Errors
     /// Where the dispatcher cannot start.
     pub async fn on(db: TestDatabase) -> Result<Self, Error> {
+        // What we have started ourselves has no pooler before it, and to look for one would cost two connections each time.
+        if db.server().is_shared() {
+            consumers::is_direct(&db.pool().connect_options());
+        }
         let dispatcher = Dispatcher::new(db.pool().clone()).start().await;
         let dispatcher = dispatcher.map_err(|source| Error::Dispatcher {
             source: Box::new(source),
@@ -177,7 +181,16 @@ impl Kit {
     /// # Panics
     /// The message is refused, or the database fails.
     pub async fn publish(&self, message: impl Into<Outgoing>) -> MessageId {
-        self.publish_all([message.into()]).await[0]
+        let message = message.into();
+        // One with a deduplication key that is known gets the id of the first, which may be the service's.
+        locked(&self.0.own).insert(message.id());
+        let mut tx = self.pool().begin().await.expect("a transaction begins");
+        let id = match tx.publish(message).await {
+            Ok(id) => id,
+            Err(error) => panic!("the message is not published: {error}"),
+        };
+        tx.commit().await.expect("the transaction commits");
+        id
     }
 
     /// Publishes messages in one transaction, in their order; returns their ids in the same order.
@@ -190,12 +203,11 @@ impl Kit {
         I::Item: Into<Outgoing>,
     {
         let messages: Vec<Outgoing> = messages.into_iter().map(Into::into).collect();
-        // One with a deduplication key that is known gets the id of the first, which may be the service's.
         locked(&self.0.own).extend(messages.iter().map(Outgoing::id));
         let mut tx = self.pool().begin().await.expect("a transaction begins");
         let ids = match tx.publish_all(messages).await {
             Ok(ids) => ids,
-            Err(error) => panic!("the message is not published: {error}"),
+            Err(error) => panic!("the messages are not published: {error}"),
         };
         tx.commit().await.expect("the transaction commits");
         ids

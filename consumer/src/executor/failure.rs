@@ -28,17 +28,9 @@ pub(super) struct Failing {
     /// Messages given up whose keys wait for an operator, with their lanes.
     halted: HashMap<i64, (Lane, Option<i32>)>,
     pub(super) doubts: Doubts,
-    /// By how much the database's clock was moved on so far.
-    advanced: Duration,
 }
 
 impl Failing {
-    /// By which it is told for how long a message fails: ahead by what the database's clock was moved on.
-    pub(super) fn now(&self) -> Instant {
-        let now = Instant::now();
-        now.checked_add(self.advanced).unwrap_or(now)
-    }
-
     /// How many have a row and will run again.
     pub(super) fn len(&self) -> usize {
         self.rows.len()
@@ -227,13 +219,9 @@ impl Executor {
             Decision::Retry | Decision::RetryIn(_) | Decision::OfEach(_) | Decision::Unfit(_) => {}
         }
         Counters::add(&self.plan.counters.failed);
-        let now = self.failing.now();
-        let since = *job.failing_since.get_or_insert(now);
+        let failing_for = self.moved.failing_for(&mut job);
         if self.session.membership.is_some()
-            && let Some(why) = job
-                .handler
-                .retry
-                .gives_up(job.attempt, now.saturating_duration_since(since))
+            && let Some(why) = job.handler.retry.gives_up(job.attempt, failing_for)
         {
             return self.give_up(job, format!("{why}: {}", failure.reason), failure.reason);
         }
@@ -301,13 +289,6 @@ impl Executor {
         job.attempt += 1;
         job.limit = 1;
         job
-    }
-
-    /// The database's clock was moved on: what was due by it is due sooner.
-    pub(super) fn advance(&mut self, span: Duration) {
-        self.queue.advance(span);
-        self.admission.advance(span);
-        self.failing.advanced = self.failing.advanced.saturating_add(span);
     }
 
     /// Runs once more as if it had not run.
