@@ -1,6 +1,6 @@
 //! The database's clock, as far as this process knows it: what expires, expires by it.
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
@@ -22,8 +22,9 @@ pub(crate) struct DatabaseClock {
     origin: Instant,
     /// What it said at the origin, in microseconds since 1970.
     at_origin_us: AtomicI64,
-    /// By how much it was moved forward so far, as far as that was noticed.
+    /// By how much it was moved forward since it was read first, as far as that was noticed.
     followed_us: AtomicI64,
+    was_read: AtomicBool,
 }
 
 /// A clock that a test moves is followed by as little as this.
@@ -35,6 +36,7 @@ impl Default for DatabaseClock {
             origin: Instant::now(),
             at_origin_us: AtomicI64::new(Utc::now().timestamp_micros()),
             followed_us: AtomicI64::new(0),
+            was_read: AtomicBool::new(false),
         }
     }
 }
@@ -53,7 +55,9 @@ impl DatabaseClock {
         let at_origin = now.timestamp_micros() - self.elapsed_us();
         let before = self.at_origin_us.swap(at_origin, Ordering::Relaxed);
         let moved = Duration::from_micros(u64::try_from(at_origin - before).unwrap_or(0));
-        if moved < MOVED {
+        // What it was before the first time was a guess.
+        let was_read = self.was_read.swap(true, Ordering::Relaxed);
+        if moved < MOVED || !was_read {
             return None;
         }
         self.followed_us.fetch_add(at_origin - before, Ordering::Relaxed);

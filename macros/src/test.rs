@@ -56,7 +56,7 @@ impl Options {
                 match known {
                     "migrator" => options.migrator = Some(migrator(option, input)?),
                     "migrations" => {
-                        options.migrations = Some(attribute::string(option, "migrations", input)?);
+                        options.migrations = Some(attribute::string(option, "./migrations", input)?);
                     }
                     _ => {
                         options.krate = Some(attribute::path(

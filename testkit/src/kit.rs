@@ -35,14 +35,14 @@ pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
 /// More dead letters than a test makes.
 const MOST_LETTERS: i64 = 10_000;
 
-/// A database with a dispatcher, for one test; consumers are added to it. [`#[postbox_testkit::test]`](crate::test) makes one for each test.
+/// A database with a dispatcher, for one test; consumers are added to it. [`#[postbox_testkit::test]`](macro@crate::test) makes one for each test.
 ///
 /// Clones are handles of the same kit. What it started is stopped, and the database is dropped, when the test ends; made by [`new`](Self::new), with the
 /// last handle.
 ///
 /// Methods panic where something fails that is not what the test is about, such as the database; the message says what.
 ///
-/// ```no_run
+/// ```test_harness
 /// use postbox::{Message, Publish};
 /// use postbox_consumer::{HandlerError, Tx, handler, handlers};
 /// use postbox_testkit::{Kit, Span};

@@ -1,6 +1,11 @@
-//! A real PostgreSQL for every test: found, started or fetched, and gone afterwards.
+//! Tests of services that use Postbox, each on a real PostgreSQL: found, started or fetched, and gone afterwards.
 //!
-//! [`TestDatabase`] is what an ordinary test wants: a fresh database, with Postbox's schema, on a server that
+#![cfg_attr(
+    feature = "kit",
+    doc = "[`#[postbox_testkit::test]`](macro@test) gives a test a [`Kit`]: a fresh database with a dispatcher, to which it adds consumers."
+)]
+//!
+//! [`TestDatabase`] is for tests that need no handlers: a fresh database, with Postbox's schema, on a server that
 //! all test processes share. [`TestPostgres`] is the server: the shared one, or a private one that a test may
 //! stop, kill and restart. [`eventually`] waits for what must come to be.
 //!

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use postbox_consumer::{Consumer, HandlerDefinition, SubscriptionStats};
+use postbox_consumer::{__testkit as consumers, Consumer, HandlerDefinition, SubscriptionStats};
 
 use super::{Kit, Started, locked};
 
@@ -57,6 +57,8 @@ impl KitConsumer {
             Ok(handle) => Arc::new(handle),
             Err(error) => panic!("the consumer does not start: {error}"),
         };
+        // So that it has read the clock, before that is moved.
+        consumers::follow(&handle, Duration::ZERO).await;
         let started = Started { handle, moved };
         let mut consumers = locked(&self.kit.0.consumers);
         consumers.running.push((self.number, started));

@@ -8,7 +8,7 @@ use sqlx::migrate::Migrator;
 use super::Kit;
 use crate::Error;
 
-/// Beside the test's own thread, so that a handler that blocks its thread holds up neither the dispatcher nor the test.
+/// Beside the test's own thread, so that a handler that blocks its thread for a while does not stop everything, and what races in a service may race here.
 const THREADS: usize = 2;
 
 /// For what blocks a thread when the test ends; the rest is gone at once.

@@ -138,7 +138,7 @@ async fn an_ignored_test_does_not_run(_kit: Kit) {
     panic!("it runs");
 }
 
-/// A handler that blocks its thread holds up neither the dispatcher nor the test.
+/// It goes on although a handler blocks one of the runtime's.
 #[postbox_testkit::test]
 async fn the_test_has_a_thread_of_its_own(kit: Kit) {
     #[handler(group = "blocking")]
