@@ -14,8 +14,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(1);
 const LONGEST_WAIT: Duration = Duration::from_millis(20);
 /// For an executor that has something to do all the time.
 const ANSWER: Duration = Duration::from_millis(500);
-/// For what the message says beside.
-const TELLING: Duration = Duration::from_secs(5);
+/// For a look, however little patience is left, and for what the message says beside.
+const LOOK: Duration = Duration::from_secs(5);
 
 const UNSEQUENCED: &str = "SELECT u.messages FROM postbox.unsequenced(1) u";
 
@@ -48,21 +48,21 @@ impl Kit {
         async move {
             let deadline = Instant::now() + patience;
             let mut wait = FIRST_WAIT;
-            let mut unsettled = vec!["it was not looked at".to_owned()];
-            while !unsettled.is_empty() {
+            loop {
+                let unsettled = match timeout(LOOK, kit.unsettled()).await {
+                    Ok(unsettled) => unsettled,
+                    Err(_) => vec!["the database does not answer".to_owned()],
+                };
+                if unsettled.is_empty() {
+                    return;
+                }
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     let why = kit.explain(&unsettled).await;
                     panic!("not settled within {patience:?} (awaited at {caller}):{why}");
                 }
-                unsettled = match timeout(left, kit.unsettled()).await {
-                    Ok(unsettled) => unsettled,
-                    Err(_) => vec!["the database does not answer".to_owned()],
-                };
-                if !unsettled.is_empty() {
-                    sleep(wait.min(deadline.saturating_duration_since(Instant::now()))).await;
-                    wait = (wait * 2).min(LONGEST_WAIT);
-                }
+                sleep(wait.min(left)).await;
+                wait = (wait * 2).min(LONGEST_WAIT);
             }
         }
     }
@@ -107,7 +107,7 @@ impl Kit {
         list("not settled:", unsettled);
         let running: Vec<String> = self.0.faults.running().iter().map(ToString::to_string).collect();
         list("running:", &running);
-        let failing = timeout(TELLING, standing::failing(self.pool())).await;
+        let failing = timeout(LOOK, standing::failing(self.pool())).await;
         list(
             "failing or waiting:",
             &failing.ok().and_then(Result::ok).unwrap_or_default(),

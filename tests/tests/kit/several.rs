@@ -89,14 +89,20 @@ async fn a_type_that_nobody_handles_waits_until_somebody_does(kit: Kit) {
         .state(log.clone())
         .start()
         .await;
-    kit.publish(postbox::message(&paid(1)).message_type("order.refunded"))
-        .await;
-    kit.publish(&paid(2)).await;
-    kit.settled().await;
-    assert_eq!(log.lines(), ["paid 2"]);
-    kit.consumer(handlers![refunded]).state(log.clone()).start().await;
-    kit.settled().await;
-    assert_eq!(log.lines(), ["paid 2", "refunded"]);
+    for round in 0..10 {
+        kit.publish(postbox::message(&paid(round)).message_type("order.refunded"))
+            .await;
+        kit.publish(&paid(100)).await;
+        kit.settled().await;
+        let mut expected = ["paid 100", "refunded"].repeat(round as usize);
+        expected.push("paid 100");
+        assert_eq!(log.lines(), expected);
+        let who_does = kit.consumer(handlers![refunded]).state(log.clone()).start().await;
+        kit.settled().await;
+        expected.push("refunded");
+        assert_eq!(log.lines(), expected);
+        who_does.stop().await;
+    }
 }
 
 #[postbox_testkit::test]
@@ -104,7 +110,7 @@ async fn a_type_that_nobody_handles_is_dead_once_all_is_settled_where_the_policy
     #[handler(group = "types", unknown = "dead_letter")]
     async fn paid_only(_order: OrderPaid) {}
     kit.consumer(handlers![paid_only]).start().await;
-    for n in 1..=10 {
+    for n in 1..=60 {
         kit.publish(postbox::message(&paid(n)).message_type(format!("order.{n}")))
             .await;
         kit.settled().await;
