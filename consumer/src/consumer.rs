@@ -13,7 +13,7 @@ use postbox_core::text;
 use postbox_core::url;
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tower_layer::Layer;
@@ -29,7 +29,7 @@ use crate::handler::{HandlerDefinition, UnknownType};
 use crate::layer::{self, HandlerService, Run};
 use crate::outcome::HandlerError;
 use crate::protocol::progress::Intake;
-use crate::session::Process;
+use crate::session::{Ask, Process};
 use crate::settings::Settings;
 use crate::state::States;
 use crate::subscription::{Subscription, plan_all};
@@ -247,7 +247,8 @@ impl Consumer {
         link::in_time(link::CONNECT_TIMEOUT, "registering schedules", register).await?;
         let token = CancellationToken::new();
         let (started, on_start) = oneshot::channel();
-        let process = Process::new(own, self.settings, clock, subscriptions.clone());
+        let (asks, asked) = mpsc::unbounded_channel();
+        let process = Process::new(own, self.settings, clock, subscriptions.clone(), asked);
         let running = process.run(token.clone(), started);
         let (end, ended) = watch::channel(None);
         let task = tokio::spawn(async move {
@@ -264,6 +265,7 @@ impl Consumer {
                 task,
                 ended,
                 subscriptions,
+                asks,
             }),
             // It ended before it began, so it says why.
             Err(_) => Err(match task.await {
@@ -306,6 +308,7 @@ pub struct ConsumerHandle {
     task: JoinHandle<Result<(), Error>>,
     ended: watch::Receiver<Option<String>>,
     subscriptions: Arc<Vec<Subscription>>,
+    asks: mpsc::UnboundedSender<Ask>,
 }
 
 /// What a subscription did in this process since it started.
@@ -371,6 +374,21 @@ impl ConsumerHandle {
             // It was told to.
             None => std::future::pending().await,
         }
+    }
+
+    /// For the testkit.
+    pub(crate) fn asks(&self) -> &mpsc::UnboundedSender<Ask> {
+        &self.asks
+    }
+
+    /// Why it has ended by itself, if it has.
+    pub(crate) fn why_ended(&self) -> Option<String> {
+        self.ended.borrow().clone()
+    }
+
+    /// How many executors it has.
+    pub(crate) fn executors(&self) -> usize {
+        self.subscriptions.len()
     }
 
     /// What every subscription did so far.

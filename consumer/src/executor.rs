@@ -14,6 +14,7 @@ mod inline_cost;
 mod intake;
 mod keys;
 mod lanes;
+mod moved;
 mod plan;
 mod quarantine;
 mod ready;
@@ -21,6 +22,7 @@ mod report;
 mod run;
 mod runs;
 pub(crate) mod settlement;
+mod standing;
 pub(crate) mod throttle;
 mod unknown;
 
@@ -38,6 +40,7 @@ use crate::ids::Lane;
 use crate::log::block::Record;
 use crate::log::seen::SeenTail;
 use crate::log::topic_log::TopicLog;
+use crate::protocol::standing::Standing;
 
 pub(crate) use self::command::{Broken, Claim, Command, Event, Membership, Pace};
 pub(crate) use self::plan::{Plan, Transactions};
@@ -46,6 +49,7 @@ use failure::Failing;
 use intake::Reader;
 use keys::Keys;
 use lanes::Lanes;
+use moved::Moved;
 use quarantine::Quarantine;
 use ready::{Jobs, Queue};
 use report::Reporter;
@@ -63,9 +67,12 @@ pub(crate) struct Executor {
     admission: Admission,
     runs: Runs,
     failing: Failing,
+    moved: Moved,
     quarantine: Quarantine,
     types: Types,
     reporter: Reporter,
+    /// Who wants to know how things stand.
+    asked: Vec<mpsc::UnboundedSender<Standing>>,
 }
 
 /// To the session that this executor works for.
@@ -132,9 +139,11 @@ impl Executor {
             admission: Admission::new(plan.breaker, !is_member),
             runs: Runs::default(),
             failing: Failing::default(),
+            moved: Moved::default(),
             quarantine: Quarantine::default(),
             types: Types::default(),
             reporter: Reporter::new(),
+            asked: Vec::new(),
             plan,
         }
     }
@@ -198,6 +207,7 @@ impl Executor {
                 continue;
             }
             self.begin_read();
+            self.tell_how_things_stand();
             self.wait().await;
         }
     }
@@ -266,6 +276,7 @@ impl Executor {
             Command::Orphans { types, unread } => self.orphaned(types, unread),
             Command::Served { lanes, types } => self.served(&lanes, &types),
             Command::Advance(span) => self.advance(span),
+            Command::Tell(asker) => self.is_asked(asker),
             Command::Resync => self.resync().await,
             Command::Stop(grace) => {
                 self.admission.stop(grace);

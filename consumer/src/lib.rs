@@ -77,3 +77,8 @@ pub use shutdown::shutdown_signal;
 #[doc(hidden)]
 #[path = "private.rs"]
 pub mod __private;
+
+/// What the testkit knows of a consumer; not for use by hand.
+#[doc(hidden)]
+#[path = "testkit.rs"]
+pub mod __testkit;

@@ -3,3 +3,4 @@
 pub(crate) mod journal;
 pub(crate) mod progress;
 pub(crate) mod redelivery;
+pub(crate) mod standing;

@@ -37,7 +37,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
 use self::lost::{Lost, in_time};
-pub(crate) use self::process::Process;
+pub(crate) use self::process::{Ask, Process};
 use crate::executor::{Broken, Command, Event, Executor, Membership, Plan};
 use crate::ids::{ConsumerId, Epoch, Lane, SubscriptionId};
 use crate::protocol::progress::{Dirty, Lease, Progress};
@@ -288,10 +288,34 @@ impl Session {
                     self.complain().await?;
                     in_time(&self.lease, self.watch.look(&mut self.listener)).await?;
                 }
+                Some(ask) = process.asks.recv() => match ask {
+                    Ask::Follow { moved, followed } => {
+                        next_look = self.look(process).await?;
+                        if let Some(missing) = process.clock.catch_up(moved) {
+                            self.advance(process, missing);
+                        }
+                        // Whoever asked may have given up.
+                        let _ = followed.send(());
+                    }
+                    Ask::Tell(asker) => self.command_all(process, || Command::Tell(asker.clone())),
+                },
                 // Nothing else was due.
                 () = std::future::ready(()), if self.hearing.is_tired() => self.hearing.rest(),
             }
         }
+    }
+
+    /// To all executors of the process.
+    fn command_all(&self, process: &Process, command: impl Fn() -> Command) {
+        self.services
+            .iter()
+            .for_each(|service| service.command(command()));
+        process.command_broadcasts(command);
+    }
+
+    /// The database's clock was moved on.
+    fn advance(&self, process: &Process, span: Duration) {
+        self.command_all(process, || Command::Advance(span));
     }
 
     /// Starts another executor in the place of one that panicked. Its lanes stay this instance's; they are claimed again, as after a claim whose answer

@@ -376,10 +376,7 @@ impl Family<'_> {
             clock: clock.clone(),
             states: states.clone(),
             pool: upkeep.clone(),
-            hooks: Arc::new(Hooks {
-                pool: hooks_pool.clone(),
-                turns: Semaphore::new(hooks_at_once),
-            }),
+            hooks: Arc::new(Hooks::new(hooks_pool.clone(), hooks_at_once)),
             transactions,
             counters: Counters::default(),
         };

@@ -2,6 +2,8 @@
 //!
 //! Not part of the API.
 
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
@@ -63,6 +65,20 @@ pub async fn set_up(connection: &mut PgConnection, also: &'static str) -> Result
     settings::set(connection, also).await
 }
 
+/// Servers of which it is known that no pooler is before them.
+static DIRECT: Mutex<BTreeSet<(String, u16)>> = Mutex::new(BTreeSet::new());
+
+/// There is no pooler at this address, for as long as the process lives: it is not looked for again. For who started the server itself.
+pub fn is_direct(options: &PgConnectOptions) {
+    let mut direct = DIRECT.lock().unwrap_or_else(PoisonError::into_inner);
+    direct.insert((options.get_host().to_owned(), options.get_port()));
+}
+
+fn is_known_as_direct(options: &PgConnectOptions) -> bool {
+    let direct = DIRECT.lock().unwrap_or_else(PoisonError::into_inner);
+    direct.contains(&(options.get_host().to_owned(), options.get_port()))
+}
+
 /// Refuses connections that go through a transaction pooler, where the settings, locks and notifications of a session are another's. To be asked
 /// before anything is set: it would stay with a connection that others get.
 ///
@@ -73,6 +89,9 @@ pub async fn set_up(connection: &mut PgConnection, also: &'static str) -> Result
 /// # Errors
 /// [`sqlx::Error::Configuration`] that names the mend; what the database reports.
 pub async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), sqlx::Error> {
+    if is_known_as_direct(options) {
+        return Ok(());
+    }
     let look = async {
         let (mut one, mut other) = (options.connect().await?, options.connect().await?);
         let mut shared = is_refused(&mut one, PREPARE, ALREADY_THERE).await?;

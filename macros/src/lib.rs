@@ -12,6 +12,7 @@ mod message;
 mod name;
 mod retry;
 mod serde;
+mod test;
 
 use proc_macro::TokenStream;
 
@@ -41,4 +42,10 @@ pub fn handlers(paths: TokenStream) -> TokenStream {
     handlers::expand(paths.into())
         .unwrap_or_else(syn::Error::into_compile_error)
         .into()
+}
+
+#[doc = include_str!("docs/test.md")]
+#[proc_macro_attribute]
+pub fn test(options: TokenStream, item: TokenStream) -> TokenStream {
+    test::expand(options.into(), item.into()).into()
 }

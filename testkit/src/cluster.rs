@@ -281,16 +281,17 @@ impl Cluster {
             "--locale=C",
             "--no-sync",
         ]);
-        command.args(["--auth-local=trust", "--auth-host=scram-sha-256"]);
+        // The password is random already. Iterations would cost every connection some milliseconds, and more where the client is not optimised.
+        let auth = match self.binaries.major.0 {
+            ..16 => &["--auth-host=md5"][..],
+            _ => &["--auth-host=scram-sha-256", "-c", "scram_iterations=1"],
+        };
+        command.arg("--auth-local=trust").args(auth);
         command
             .arg("--pwfile")
             .arg(&password)
             .arg("--pgdata")
             .arg(self.dir.data());
-        if self.binaries.major.0 >= 16 {
-            // The password is random already: iterations would cost every connection some milliseconds.
-            command.args(["-c", "scram_iterations=1"]);
-        }
         self.run(&mut command, "initdb")
     }
 

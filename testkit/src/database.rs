@@ -66,10 +66,23 @@ impl TestDatabase {
     }
 
     pub(crate) async fn migrated_in(server: TestPostgres) -> Result<Self, Error> {
+        Self::copied_in(server, template::ensure).await
+    }
+
+    /// A copy of the template whose name this gives, which makes sure that it is there.
+    pub(crate) async fn copied_in(
+        server: TestPostgres,
+        ensure: impl AsyncFn(&mut PgConnection, &TestPostgres) -> Result<String, Error>,
+    ) -> Result<Self, Error> {
         let mut connection = enter(&server).await?;
-        let template = template::ensure(&mut connection, &server).await?;
+        let template = ensure(&mut connection, &server).await?;
         let name = fresh_name();
-        let copy = format!("create database {name} template {template}");
+        // Where nothing is flushed, to copy files is the fastest; elsewhere it would flush everything that anybody wrote.
+        let strategy = match server.is_shared() {
+            true => " strategy file_copy",
+            false => "",
+        };
+        let copy = format!("create database {name} template {template}{strategy}");
         if let Err(error) = execute(&mut connection, copy.clone()).await {
             // A process with other migrations may have dropped the template just now.
             let is_gone = matches!(&error, Error::Sql { source: sqlx::Error::Database(cause), .. }
@@ -77,7 +90,7 @@ impl TestDatabase {
             if !is_gone {
                 return Err(error);
             }
-            template::ensure(&mut connection, &server).await?;
+            ensure(&mut connection, &server).await?;
             execute(&mut connection, copy).await?;
         }
         Self::open(server, connection, name).await

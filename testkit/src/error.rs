@@ -148,6 +148,22 @@ pub enum Error {
         /// The cause.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+
+    /// The migrations that a test brings cannot be applied.
+    #[cfg(feature = "kit")]
+    #[error("cannot apply the migrations of the test: {source}; mend the migration")]
+    Migrations {
+        /// The cause.
+        source: sqlx::migrate::MigrateError,
+    },
+
+    /// The dispatcher of a test does not start.
+    #[cfg(feature = "kit")]
+    #[error("cannot start the test's dispatcher: {source}")]
+    Dispatcher {
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
 }
 
 impl fmt::Debug for Error {

@@ -1,6 +1,11 @@
-//! A real PostgreSQL for every test: found, started or fetched, and gone afterwards.
+//! Tests of services that use Postbox, each on a real PostgreSQL: found, started or fetched, and gone afterwards.
 //!
-//! [`TestDatabase`] is what an ordinary test wants: a fresh database, with Postbox's schema, on a server that
+#![cfg_attr(
+    feature = "kit",
+    doc = "[`#[postbox_testkit::test]`](macro@test) gives a test a [`Kit`]: a fresh database with a dispatcher, to which it adds consumers."
+)]
+//!
+//! [`TestDatabase`] is for tests that need no handlers: a fresh database, with Postbox's schema, on a server that
 //! all test processes share. [`TestPostgres`] is the server: the shared one, or a private one that a test may
 //! stop, kill and restart. [`eventually`] waits for what must come to be.
 //!
@@ -36,6 +41,10 @@ mod database;
 mod engine;
 mod error;
 mod eventually;
+#[cfg(feature = "kit")]
+mod kit;
+#[cfg(feature = "kit")]
+mod migrations;
 mod npm;
 mod postgres;
 mod processes;
@@ -53,5 +62,18 @@ mod version;
 pub use database::TestDatabase;
 pub use error::Error;
 pub use eventually::eventually;
+#[cfg(feature = "kit")]
+pub use kit::{DEFAULT_PATIENCE, HandlerName, Kit, KitConsumer, PublishedMessage, RunningConsumer, Span};
+#[cfg(feature = "kit")]
+pub use postbox_dispatcher::dead_letters::DeadLetter;
+#[cfg(feature = "kit")]
+pub use postbox_macros::test;
 pub use postgres::{TestBackup, TestPostgres, TestPostgresBuilder};
 pub use surroundings::PERVERSE;
+
+/// What the attribute expands to; not for use by hand.
+#[cfg(feature = "kit")]
+#[doc(hidden)]
+pub mod __private {
+    pub use crate::kit::{Options, run};
+}

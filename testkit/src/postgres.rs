@@ -322,6 +322,11 @@ impl TestPostgres {
         .await
     }
 
+    /// Whether it is ours, and that of other test processes.
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self.server.tenancy, Tenancy::Shared)
+    }
+
     /// Whether databases of processes that have ended may be known by their process's number.
     pub(crate) fn is_of_this_machine(&self) -> bool {
         !matches!(self.server.tenancy, Tenancy::External)

@@ -2,8 +2,8 @@
 //!
 //! Its name has the fingerprint of the migrations, so that it is made anew when they change.
 
-use sqlx::PgConnection;
 use sqlx::postgres::PgPoolOptions;
+use sqlx::{PgConnection, PgPool};
 
 use crate::statement::execute;
 use crate::{Error, TestPostgres, removal, schema, url};
@@ -21,18 +21,50 @@ pub(crate) async fn ensure(connection: &mut PgConnection, server: &TestPostgres)
     }
     // One process makes it, the others wait.
     lock(connection, "select pg_advisory_lock($1)").await?;
-    let made = make(connection, server, &name).await;
+    let made = async {
+        if exists(connection, &name).await? {
+            return Ok(());
+        }
+        if !server.is_of_this_machine() {
+            drop_others(connection, server, &name).await?;
+        }
+        make(connection, server, &name, None, schema::migrate).await
+    };
+    let made = made.await;
     lock(connection, "select pg_advisory_unlock($1)").await?;
     made.map(|()| name)
 }
 
-async fn make(connection: &mut PgConnection, server: &TestPostgres, name: &str) -> Result<(), Error> {
-    if exists(connection, name).await? {
-        return Ok(());
+/// A template with more in it: `name` is its own, and is there on return. `fill` is called where it is not.
+#[cfg(feature = "kit")]
+pub(crate) async fn ensure_more(
+    connection: &mut PgConnection,
+    server: &TestPostgres,
+    more: &str,
+    fill: impl AsyncFnOnce(&PgPool) -> Result<(), Error>,
+) -> Result<String, Error> {
+    let base = ensure(connection, server).await?;
+    let few: String = schema::fingerprint().chars().take(12).collect();
+    let name = format!("{PREFIX}{few}_{more}");
+    if exists(connection, &name).await? {
+        return Ok(name);
     }
-    if !server.is_of_this_machine() {
-        drop_others(connection, server, name).await?;
-    }
+    lock(connection, "select pg_advisory_lock($1)").await?;
+    let made = match exists(connection, &name).await {
+        Ok(false) => make(connection, server, &name, Some(&base), fill).await,
+        other => other.map(drop),
+    };
+    lock(connection, "select pg_advisory_unlock($1)").await?;
+    made.map(|()| name)
+}
+
+async fn make(
+    connection: &mut PgConnection,
+    server: &TestPostgres,
+    name: &str,
+    base: Option<&str>,
+    fill: impl AsyncFnOnce(&PgPool) -> Result<(), Error>,
+) -> Result<(), Error> {
     // It gets its name when it is complete. A process that died here leaves the other name.
     let draft = format!("{name}_draft");
     execute(
@@ -40,15 +72,16 @@ async fn make(connection: &mut PgConnection, server: &TestPostgres, name: &str) 
         format!("drop database if exists {draft} with (force)"),
     )
     .await?;
-    execute(connection, format!("create database {draft}")).await?;
+    let template = base.map_or(String::new(), |base| format!(" template {base}"));
+    execute(connection, format!("create database {draft}{template}")).await?;
     let pool = PgPoolOptions::new()
         .max_connections(2)
         .connect(&url::with_database(server.url(), &draft))
         .await
         .map_err(Error::sql(format!("connect to {draft}")))?;
-    let migrated = schema::migrate(&pool).await;
+    let filled = fill(&pool).await;
     pool.close().await;
-    migrated?;
+    filled?;
     // A database that others are connected to cannot be copied, so nobody may be.
     execute(
         connection,

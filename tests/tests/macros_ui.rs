@@ -14,6 +14,9 @@ mod handler_options;
 mod message_enum;
 #[path = "ui/pass/message_struct.rs"]
 mod message_struct;
+/// Tests themselves.
+#[path = "ui/pass/test.rs"]
+mod test;
 
 #[test]
 fn the_macros_accept_what_the_documentation_shows() {

@@ -39,6 +39,12 @@ impl Admission {
         self.throttle.set(pace.rate, Instant::now());
     }
 
+    /// The clock was moved on.
+    pub(super) fn advance(&mut self, span: Duration) {
+        self.breaker.advance(span);
+        self.throttle.advance(span);
+    }
+
     /// Nothing new starts from now on, and what runs has so long.
     pub(super) fn stop(&mut self, grace: Duration) {
         self.stop_by = Some(later(Instant::now(), grace));

@@ -129,8 +129,8 @@ impl Executor {
 
     /// An attempt failed without its handler's word: its process died, or the answer to its commit was lost.
     fn failed_unseen(&mut self, mut job: Job, error: String) {
-        let since = *job.failing_since.get_or_insert_with(Instant::now);
-        if let Some(why) = job.handler.retry.gives_up(job.attempt, since.elapsed()) {
+        let failing_for = self.moved.failing_for(&mut job);
+        if let Some(why) = job.handler.retry.gives_up(job.attempt, failing_for) {
             // A key that an earlier message holds is not this one's to let go.
             job.key = job.key.filter(|key| !self.keys.has(*key));
             return self.give_up(job, format!("{why}: {error}"), error);
@@ -158,7 +158,9 @@ impl Executor {
         match self.job(Record::alone(held.message), offset, lane) {
             Some(job) => Some(Job {
                 attempt: held.attempts + 1,
-                failing_since: held.failing_for.and_then(|span| Instant::now().checked_sub(span)),
+                failing_since: held
+                    .failing_for
+                    .and_then(|span| self.moved.now().checked_sub(span)),
                 stored: true,
                 limit: 1,
                 ..job

@@ -67,6 +67,13 @@ impl Breaker {
             .map(|open| open.probe_at)
     }
 
+    /// The clock was moved on: the next probe is due sooner.
+    pub(crate) fn advance(&mut self, span: Duration) {
+        if let Some(open) = &mut self.open {
+            open.probe_at = open.probe_at.checked_sub(span).unwrap_or(open.probe_at);
+        }
+    }
+
     /// A message was started while a probe was allowed.
     pub(crate) fn probes(&mut self, offset: i64) {
         if let Some(open) = &mut self.open {

@@ -12,6 +12,7 @@ use crate::lane::OwnedLane;
 use crate::log::seen::SeenTail;
 use crate::protocol::progress::{Lease, Progress, Snapshot};
 use crate::protocol::redelivery::{Held, ParkedKey};
+use crate::protocol::standing::Standing;
 
 /// From the session to an executor.
 pub(crate) enum Command {
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Pace(Pace),
     /// The database's clock was moved on by so much.
     Advance(Duration),
+    /// Say how things stand, once nothing can be done but wait.
+    Tell(mpsc::UnboundedSender<Standing>),
     /// Look whether offsets were given anew (broadcast from memory).
     Resync,
     /// Take nothing in any more, let finish what runs for at most this long, and end.

@@ -219,9 +219,9 @@ impl Executor {
             Decision::Retry | Decision::RetryIn(_) | Decision::OfEach(_) | Decision::Unfit(_) => {}
         }
         Counters::add(&self.plan.counters.failed);
-        let since = *job.failing_since.get_or_insert_with(Instant::now);
+        let failing_for = self.moved.failing_for(&mut job);
         if self.session.membership.is_some()
-            && let Some(why) = job.handler.retry.gives_up(job.attempt, since.elapsed())
+            && let Some(why) = job.handler.retry.gives_up(job.attempt, failing_for)
         {
             return self.give_up(job, format!("{why}: {}", failure.reason), failure.reason);
         }
@@ -289,11 +289,6 @@ impl Executor {
         job.attempt += 1;
         job.limit = 1;
         job
-    }
-
-    /// The database's clock was moved on: what was due by it is due sooner.
-    pub(super) fn advance(&mut self, span: Duration) {
-        self.queue.advance(span);
     }
 
     /// Runs once more as if it had not run.

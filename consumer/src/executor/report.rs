@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::Executor;
-use crate::handler::Telling;
+use crate::handler::{Hooks, Telling};
 use crate::ids::{Epoch, Lane};
 use crate::protocol::journal::{Entry, Journal, Needs, ParkedFrom};
 use crate::protocol::progress::{Intake, LanePosition, Progress, Snapshot};
@@ -23,6 +23,9 @@ pub(super) struct Reporter {
     afterwards: Vec<Afterwards>,
     /// Reports that are not yet recorded.
     recording: VecDeque<Recording>,
+    /// The number of the last report, and of the last that is recorded.
+    last: u64,
+    recorded: u64,
     /// How many messages their journals have.
     unrecorded: usize,
     /// There is something to report.
@@ -62,6 +65,8 @@ impl Reporter {
             journal: Journal::default(),
             afterwards: Vec::new(),
             recording: VecDeque::new(),
+            last: 0,
+            recorded: 0,
             unrecorded: 0,
             dirty: false,
             urgent: false,
@@ -143,6 +148,11 @@ impl Reporter {
         self.dirty && (is_idle || self.urgent || self.reported.elapsed() >= REPORT_EVERY)
     }
 
+    /// Something is to be reported, or a report is not recorded yet.
+    pub(super) fn is_pending(&self) -> bool {
+        self.dirty || self.recorded < self.last
+    }
+
     /// When the next report is due.
     pub(super) fn due_at(&self) -> Option<Instant> {
         self.dirty.then(|| self.reported + REPORT_EVERY)
@@ -152,6 +162,7 @@ impl Reporter {
         let journal = std::mem::take(&mut self.journal);
         let offsets: Vec<i64> = journal.entries.keys().copied().collect();
         let number = progress.put(snapshot, journal, self.urgent);
+        self.last = number;
         if !offsets.is_empty() || !self.afterwards.is_empty() {
             self.unrecorded += offsets.len();
             self.recording.push_back(Recording {
@@ -167,6 +178,7 @@ impl Reporter {
 
     /// The first report up to this number is in the database; what waited for it.
     fn recorded(&mut self, number: u64) -> Option<Vec<Afterwards>> {
+        self.recorded = self.recorded.max(number);
         let report = self.recording.pop_front_if(|report| report.number <= number)?;
         self.unrecorded -= report.offsets.len();
         Some(report.afterwards)
@@ -217,7 +229,8 @@ impl Executor {
                 telling,
             } => {
                 if let Some(telling) = telling {
-                    tokio::spawn(telling.tell(self.plan.hooks.clone()));
+                    let turn = Hooks::begin(&self.plan.hooks);
+                    tokio::spawn(telling.tell(turn));
                 }
                 if let Some(key) = key
                     && self.lanes.epoch(lane) == Some(epoch)
@@ -303,6 +316,7 @@ mod tests {
         assert!(reporter.is_unrecorded(7) && reporter.is_due(true));
         put(&mut reporter);
         assert!(!reporter.is_due(true), "it was reported");
+        assert!(reporter.is_pending(), "and is not recorded yet");
         // One for which nothing waits, and one for which something does.
         reporter.mark();
         put(&mut reporter);
@@ -316,5 +330,11 @@ mod tests {
         assert!(!reporter.is_unrecorded(7) && reporter.is_unrecorded(8));
         assert!(reporter.recorded(3).is_some());
         assert_eq!(reporter.unrecorded(), 0);
+        assert!(!reporter.is_pending());
+        // One that has nothing but how far everything is settled.
+        reporter.mark();
+        put(&mut reporter);
+        assert!(reporter.is_pending());
+        assert!(reporter.recorded(4).is_none() && !reporter.is_pending());
     }
 }

@@ -50,6 +50,11 @@ impl Throttle {
         self.rate.map_or(usize::MAX, |_| self.tokens.max(0.0) as usize)
     }
 
+    /// The clock was moved on: what the rate allows in that span may start, as far as it is saved up.
+    pub(crate) fn advance(&mut self, span: Duration) {
+        self.filled = self.filled.checked_sub(span).unwrap_or(self.filled);
+    }
+
     /// So many messages start.
     pub(crate) fn spend(&mut self, messages: usize) {
         if self.rate.is_some() {

@@ -10,7 +10,7 @@ use postbox::__private::dead_letters::{
 };
 use postbox::{Headers, MessageId, Offset};
 
-use super::{Extract, Invocation, Needs};
+use super::{Delivery, Extract, Invocation, Needs};
 use crate::log::block::Record;
 use crate::outcome::HandlerError;
 use crate::state::States;
@@ -82,6 +82,35 @@ impl DeadLetter {
             halted,
             states,
         }
+    }
+
+    /// One for a test that calls a function itself which is told of dead letters, or handles them: the message of a delivery, given up for this reason
+    /// after its attempts, without a payload. What it says can be changed.
+    pub fn for_test(delivery: Delivery, reason: &str) -> Self {
+        Self {
+            group: delivery.group,
+            topic: delivery.topic,
+            id: delivery.id,
+            offset: delivery.offset,
+            message_type: delivery.message_type,
+            key: delivery.key,
+            headers: delivery.headers,
+            content_type: None,
+            payload: Vec::new(),
+            published_at: delivery.published_at,
+            attempts: delivery.attempt,
+            reason: reason.to_owned(),
+            halted: false,
+            states: Arc::default(),
+        }
+    }
+
+    /// As it is with this state, for the same.
+    pub fn with_state<S: Clone + Send + Sync + 'static>(mut self, state: S) -> Self {
+        let mut states = (*self.states).clone();
+        states.insert(state);
+        self.states = Arc::new(states);
+        self
     }
 
     /// A clone of the value given to [`Consumer::state`](crate::Consumer::state), if there is one of this type.

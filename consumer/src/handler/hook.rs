@@ -1,6 +1,7 @@
 //! Who is told of dead letters, in the process that gave the message up.
 
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -78,6 +79,37 @@ impl Hook {
 pub(crate) struct Hooks {
     pub(crate) pool: PgPool,
     pub(crate) turns: Semaphore,
+    telling: AtomicUsize,
+}
+
+impl Hooks {
+    pub(crate) fn new(pool: PgPool, at_once: usize) -> Self {
+        Self {
+            pool,
+            turns: Semaphore::new(at_once),
+            telling: AtomicUsize::new(0),
+        }
+    }
+
+    /// Somebody is about to be told.
+    pub(crate) fn begin(hooks: &Arc<Self>) -> Turn {
+        hooks.telling.fetch_add(1, Ordering::Relaxed);
+        Turn(hooks.clone())
+    }
+
+    /// How many are being told, or wait for their turn.
+    pub(crate) fn telling(&self) -> usize {
+        self.telling.load(Ordering::Relaxed)
+    }
+}
+
+/// Of one who is told.
+pub(crate) struct Turn(Arc<Hooks>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.telling.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// At most so many hooks of a subscription run at once; those with a transaction one after another, so that they take one connection of the pool.
@@ -92,7 +124,8 @@ pub(crate) struct Telling {
 
 impl Telling {
     /// Tells it. What goes wrong is logged.
-    pub(crate) async fn tell(self, hooks: Arc<Hooks>) {
+    pub(crate) async fn tell(self, turn: Turn) {
+        let hooks = &turn.0;
         let Some(letter) = &self.invocation.letter else {
             return;
         };

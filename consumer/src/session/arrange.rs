@@ -37,9 +37,7 @@ impl Session {
         };
         self.mind_clocks(&look, moment).await?;
         if let Some(moved) = process.clock.learn(look.now) {
-            for service in &self.services {
-                service.command(Command::Advance(moved));
-            }
+            self.advance(process, moved);
         }
         for (topic, head) in &look.heads {
             if let Some(log) = process.logs.get(topic.as_str()) {

@@ -22,6 +22,7 @@ use crate::ids::{Epoch, Lane};
 use crate::lane::OwnedLane;
 use crate::log::readers::Readers;
 use crate::log::topic_log::TopicLog;
+use crate::protocol::standing::Standing;
 use crate::settings::Settings;
 use crate::subscription::log_subscription;
 use crate::subscription::{Kind, Subscription};
@@ -39,6 +40,19 @@ pub(crate) struct Process {
     /// Ids of this process's earlier sessions: their handlers have ended, so their lanes can be had at once.
     pub(crate) former: HashSet<ConsumerId>,
     broadcasts: Vec<(mpsc::UnboundedSender<Command>, JoinHandle<()>)>,
+    /// Of a test.
+    pub(super) asks: mpsc::UnboundedReceiver<Ask>,
+}
+
+/// What a test asks of a process.
+pub(crate) enum Ask {
+    /// To follow the database's clock now, which was moved by so much since the process was asked first.
+    Follow {
+        moved: Duration,
+        followed: oneshot::Sender<()>,
+    },
+    /// To have each executor say how things stand.
+    Tell(mpsc::UnboundedSender<Standing>),
 }
 
 impl Process {
@@ -47,6 +61,7 @@ impl Process {
         settings: Settings,
         clock: Arc<DatabaseClock>,
         subscriptions: Arc<Vec<Subscription>>,
+        asks: mpsc::UnboundedReceiver<Ask>,
     ) -> Self {
         let readers = Arc::new(Readers::new((*pool.connect_options()).clone()));
         let mut logs = HashMap::new();
@@ -64,6 +79,15 @@ impl Process {
             logs,
             former: HashSet::new(),
             broadcasts: Vec::new(),
+            asks,
+        }
+    }
+
+    /// To the executors of broadcasts from memory.
+    pub(super) fn command_broadcasts(&self, command: impl Fn() -> Command) {
+        for (commands, _) in &self.broadcasts {
+            // One that ended is noticed when the process ends.
+            let _ = commands.send(command());
         }
     }
 
@@ -141,9 +165,7 @@ impl Process {
                 Ok(session) => {
                     waits.connected();
                     info!("connected again");
-                    for (commands, _) in &self.broadcasts {
-                        let _ = commands.send(Command::Resync);
-                    }
+                    self.command_broadcasts(|| Command::Resync);
                     return Some(session);
                 }
                 Err(error) => warn!(%error, "cannot connect; trying again"),
