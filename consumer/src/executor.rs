@@ -263,7 +263,10 @@ impl Executor {
                 self.next_in_quarantine();
                 self.types.look_again();
             }
-            Command::Orphans { types, unread } => self.orphaned(types, unread),
+            Command::Orphans { types, unread } => {
+                self.orphaned(types, unread);
+                self.tell_orphaned();
+            }
             Command::Served { lanes, types } => self.served(&lanes, &types),
             Command::Advance(span) => self.advance(span),
             Command::Resync => self.resync().await,
