@@ -66,7 +66,7 @@ pub(crate) struct Args {
     /// Where a NEW group or a broadcast begins: earliest, latest, a time (RFC 3339), a span ago (90m) or an offset [default: earliest; --broadcast: latest]
     #[arg(long, value_name = "WHERE", value_parser = crate::position::parse)]
     from: Option<Position>,
-    /// Only messages of this type; may be given again. The group skips all others, for good [default: all]
+    /// Only messages of this type; may be given again. The group skips all others that no live instance of it takes, for good [default: all]
     #[arg(long = "type", value_name = "TYPE", value_parser = name)]
     types: Vec<String>,
     /// Only messages of which this says true, in SQL/JSON path over {headers, payload, key, type}, such as '$.payload.total > 100'. The group skips all

@@ -29,7 +29,8 @@ enum Command {
 ///
 /// States: scheduled (not yet due), unsequenced (no dispatcher has given it an offset yet), waiting (to be run, or running), retrying (it failed; with its attempts and
 /// last error), parked (behind a failed message of its key), unhandled (waits for an instance that handles its type), halted (attempts exhausted, its key waits for an operator), redriven (to be run
-/// again), dead (given up; with the number of its dead letter), delivered (the group has passed it: handled, discarded, of a type it does not
+/// again), dead (given up; with the number of its dead letter), filtered (passed, since the group's filter does not
+/// want it), delivered (the group has passed it: handled, discarded, of a type it does not
 /// take, or from before its start). Exit status 1 if there is no such message: never committed, cancelled, or no longer retained.
 #[derive(Debug, clap::Args)]
 struct ShowArgs {

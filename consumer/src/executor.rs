@@ -273,7 +273,10 @@ impl Executor {
                 self.next_in_quarantine();
                 self.types.look_again();
             }
-            Command::Orphans { types, unread } => self.orphaned(types, unread),
+            Command::Orphans { types, unread } => {
+                self.orphaned(types, unread);
+                self.tell_orphaned();
+            }
             Command::Served { lanes, types } => self.served(&lanes, &types),
             Command::Advance(span) => self.advance(span),
             Command::Tell(asker) => self.is_asked(asker),

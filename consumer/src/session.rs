@@ -264,6 +264,10 @@ impl Session {
                             self.release(subscription, snapshot).await?;
                         }
                         Event::Unknown { subscription, message_type } => self.ask(subscription, message_type),
+                        Event::Orphaned { subscription } => {
+                            self.checkpoint().await?;
+                            self.orphans_are_known(subscription);
+                        }
                         Event::Stale => {}
                         Event::Broken { subscription, why } => self.restart(process, subscription, &why)?,
                     }
@@ -414,6 +418,7 @@ fn report(process: &Process) -> serde_json::Value {
                 "dead": plan.counters.dead.load(Ordering::Relaxed),
                 "halted": plan.counters.halted.load(Ordering::Relaxed),
                 "filtered": plan.counters.filtered.load(Ordering::Relaxed),
+                "filter_errors": plan.counters.filter_errors.load(Ordering::Relaxed),
                 "filters": plan.router.filters(),
                 "unknown": plan.counters.unknown.load(Ordering::Relaxed),
                 "unknown_types": plan.counters.unknown_types(),

@@ -155,7 +155,9 @@ impl Executor {
     /// A message that has a row; `None` if nobody handles or wants it, and then it is settled.
     pub(super) fn stored_job(&mut self, held: Held) -> Option<Job> {
         let (offset, lane) = (held.message.offset.get(), held.lane);
-        match self.job(Record::alone(held.message), offset, lane) {
+        // What is parked was counted when its lane passed it.
+        let counts = held.state != HeldState::Parked;
+        match self.job(Record::alone(held.message), offset, lane, counts) {
             Some(job) => Some(Job {
                 attempt: held.attempts + 1,
                 failing_since: held

@@ -213,7 +213,8 @@ impl Executor {
                 .get(lane)
                 .is_none_or(|lane| lane.done.contains(&offset));
             if let Some(key) = key.filter(|_| !done)
-                && let Some(job) = self.job(record, offset, lane)
+                // What is not wanted was counted when its lane passed it.
+                && let Some(job) = self.job(record, offset, lane, false)
             {
                 jobs.entry(key).or_default().push(job);
             }

@@ -82,6 +82,8 @@ pub(crate) enum Event {
         subscription: SubscriptionId,
         message_type: String,
     },
+    /// The executor was told which types nobody handles, and leaves none of them to others any more.
+    Orphaned { subscription: SubscriptionId },
     /// The executor panicked and is no more.
     Broken {
         subscription: SubscriptionId,

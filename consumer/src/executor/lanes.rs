@@ -114,11 +114,11 @@ impl Lanes {
     pub(super) fn plain_from(&self, offset: i64, is_read: impl Fn(Lane) -> bool) -> Vec<Plain> {
         let mut lanes = vec![Plain::Elsewhere; usize::from(self.count)];
         for (number, lane) in self.iter().filter(|(number, _)| is_read(*number)) {
-            lanes[number.index()] =
-                match offset >= lane.cut && lane.done.is_empty() && lane.pending.is_empty() {
-                    true => Plain::Due,
-                    false => Plain::Perhaps,
-                };
+            let last = lane.done.iter().chain(&lane.pending).max();
+            lanes[number.index()] = match offset >= lane.cut && last.is_none_or(|last| offset > *last) {
+                true => Plain::Due,
+                false => Plain::Perhaps,
+            };
         }
         lanes
     }

@@ -31,7 +31,7 @@ impl Executor {
         if !self.reader.is_new(offset, record.message().id) {
             return;
         }
-        let Some(mut job) = self.job(record, offset, lane) else {
+        let Some(mut job) = self.job(record, offset, lane, true) else {
             return;
         };
         let doubt = self.resolve(&mut job);
@@ -62,14 +62,14 @@ impl Executor {
     }
 
     /// With the handler that takes it; `None` if no live instance has one, or its filter does not want it: then it is settled.
-    pub(super) fn job(&self, record: Record, offset: i64, lane: Lane) -> Option<Job> {
+    pub(super) fn job(&self, record: Record, offset: i64, lane: Lane, counts: bool) -> Option<Job> {
         let found = match record.message().unreadable {
             None => self.plan.router.find(record.message().message_type.as_deref()),
             // Its type is not known either; any handler has the policy for what is given up.
             Some(_) => self.plan.router.handlers().next(),
         };
         let (handler, unknown) = match found {
-            Some(handler) if self.passes(handler, &record) => return None,
+            Some(handler) if self.passes(handler, &record, counts) => return None,
             Some(handler) => (handler.clone(), false),
             None if self.settles_unknown(&record) => return None,
             None => (self.plan.unknown.clone(), true),

@@ -95,11 +95,11 @@ impl Executor {
         settles
     }
 
-    /// Whether a message is settled because its handler's filter does not want it; if so, it is counted.
-    pub(super) fn passes(&self, handler: &Handler, record: &Record) -> bool {
+    /// Whether a message is settled because its handler's filter does not want it; if so, it is counted, unless it was before.
+    pub(super) fn passes(&self, handler: &Handler, record: &Record, counts: bool) -> bool {
         let passes = handler.refuses(record.message());
-        if passes {
-            self.plan.counters.settled_filtered(&self.plan, handler);
+        if passes && counts {
+            self.plan.counters.settled_filtered(&self.plan, handler, record);
         }
         passes
     }
@@ -116,7 +116,8 @@ impl Executor {
     /// Settles what need not be read from an offset on, as far as that is all there is; returns the first offset of something else. Where little is
     /// wanted this is most of what is done, so the lanes are looked up beforehand.
     pub(super) fn settle_unread(&mut self, n: usize, block: &Block, from: i64, end: i64) -> i64 {
-        if self.types.unread.is_empty() {
+        let is_unread = |offset: i64| matches!(block.entry((offset - block.base) as usize), Entry::Unread(_));
+        if self.types.unread.is_empty() || from >= end || !is_unread(from) {
             return from;
         }
         let lanes = self.lanes.plain_from(from, |lane| self.reader.reads(n, lane));
@@ -295,6 +296,17 @@ impl Executor {
         self.types.look_again();
     }
 
+    /// From now on none of them is left to another instance, and what was is in the last report.
+    pub(super) fn tell_orphaned(&mut self) {
+        self.put_report();
+        if let Some(membership) = &self.session.membership {
+            // The session outlives its executors.
+            let _ = membership.events.send(Event::Orphaned {
+                subscription: membership.subscription,
+            });
+        }
+    }
+
     /// No row of these lanes waits for these types any more, under these epochs.
     pub(super) fn served(&mut self, lanes: &[(Lane, Epoch)], types: &[String]) {
         for (number, epoch) in lanes {
@@ -387,11 +399,17 @@ impl Executor {
 
 impl Counters {
     /// A message that a filter does not want was settled; the first is told of.
-    fn settled_filtered(&self, plan: &super::Plan, handler: &Handler) {
+    fn settled_filtered(&self, plan: &super::Plan, handler: &Handler, record: &Record) {
+        let filter = handler.filter.as_ref().map(|filter| filter.text.as_str());
+        if handler.cannot_tell(record.message()) && self.filter_errors.fetch_add(1, Ordering::Relaxed) == 0 {
+            tracing::warn!(
+                group = %plan.group, topic = %plan.topic, handler = handler.name, filter, id = %record.message().id,
+                "this filter cannot be evaluated of a message, which is passed without being handled; such messages are counted as filtered"
+            );
+        }
         if self.filtered.fetch_add(1, Ordering::Relaxed) == 0 {
             tracing::info!(
-                group = %plan.group, topic = %plan.topic, handler = handler.name,
-                filter = handler.filter.as_ref().map(|filter| filter.text.as_str()),
+                group = %plan.group, topic = %plan.topic, handler = handler.name, filter,
                 "messages that this filter does not want are passed without being handled; they are counted as filtered"
             );
         }

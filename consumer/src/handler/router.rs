@@ -60,7 +60,16 @@ impl Handler {
 
     /// Whether its filter does not want a message. One that has failed was compared when it was read first.
     pub(crate) fn refuses(&self, message: &StoredMessage) -> bool {
-        (self.filter.as_ref()).is_some_and(|filter| message.refused_by.contains(&filter.number))
+        let numbers = |number: i16| [number, -number];
+        (self.filter.as_ref()).is_some_and(|filter| {
+            let of_it = numbers(filter.number);
+            message.refused_by.iter().any(|refused| of_it.contains(refused))
+        })
+    }
+
+    /// Whether its filter cannot be evaluated of a message.
+    pub(crate) fn cannot_tell(&self, message: &StoredMessage) -> bool {
+        (self.filter.as_ref()).is_some_and(|filter| message.refused_by.contains(&-filter.number))
     }
 
     pub(crate) fn call(&self, invocation: Invocation) -> BoxFuture<Outcome> {

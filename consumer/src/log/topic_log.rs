@@ -270,11 +270,12 @@ impl TopicLog {
                 let segments = log::segments(&mut connection, &this.topic, Offset::new(end), INDEX_SEGMENTS);
                 in_time(READ_TIMEOUT, "reading the index", segments).await
             };
-            let read: Result<Vec<Segment>, postbox::Error> = read.await;
+            let read: std::thread::Result<Result<Vec<Segment>, postbox::Error>> =
+                AssertUnwindSafe(read).catch_unwind().await;
             let mut state = this.lock();
             state.reads_index = false;
             // Whoever needs them sees the error.
-            if let (Ok(segments), true) = (read, state.generation == generation) {
+            if let (Ok(Ok(segments)), true) = (read, state.generation == generation) {
                 segments
                     .into_iter()
                     .for_each(|segment| state.extend_index(segment));

@@ -106,6 +106,8 @@ pub(crate) struct Counters {
     pub(crate) expired: AtomicU64,
     /// Messages that their handler's filter does not want.
     pub(crate) filtered: AtomicU64,
+    /// Of these, what its filter cannot be evaluated of.
+    pub(crate) filter_errors: AtomicU64,
     /// Messages given up.
     pub(crate) dead: AtomicU64,
     /// Messages given up whose keys wait for an operator.

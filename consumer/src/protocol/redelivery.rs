@@ -72,7 +72,7 @@ macro_rules! columns {
             "SELECT \"offset\", lane, state, attempt, extract(epoch FROM least(due_at - postbox.clock(), due_at - noted_at))::float8, \
              extract(epoch FROM postbox.clock() - failed_at)::float8, seq, id, type, key, key_hash, headers, content_type, payload, \
              published_at, expires_at, \
-             CASE WHEN state IN ('parked', 'waiting') OR state = 'redriven' AND headers ? 'postbox-replayed' \
+             CASE WHEN state IN ('parked', 'waiting') OR state = 'redriven' AND headers ? 'postbox-replayed' AND NOT headers ? 'postbox-redriven' \
                  THEN postbox.refused_by((SELECT $2::text[]::jsonpath[]), type, key, headers, content_type, CASE WHEN $3 THEN payload END) \
                  ELSE '{}' END \
              FROM postbox.redelivery WHERE subscription_id = $1 AND ",

@@ -62,7 +62,8 @@ impl Session {
                 .bind(subscription.pace.rate)
                 .bind(subscription.pace.instance_rate)
                 .bind(subscription.pace.window.as_ref().map(ToString::to_string))
-                .bind(Json(plan.router.filters()))
+                // Once a process: who connects again while another version is deployed has nothing to say of it.
+                .bind(process.former.is_empty().then(|| Json(plan.router.filters())))
                 .bind(&process.settings.name)
                 .fetch_one(&mut listener);
             let (id, lanes, stored, filters_from): (SubscriptionId, i16, String, Option<i64>) =

@@ -33,6 +33,11 @@ pub(super) struct Elsewhere {
     told: HashMap<String, bool>,
     /// As the executor knows them.
     orphans: HashSet<String>,
+    /// What the live instances handled then.
+    handled: BTreeSet<String>,
+    /// How often the executor was told, and how often it has obeyed.
+    told_orphans: u64,
+    obeyed: u64,
     /// Which lanes under which epochs have no row that waits for which types.
     served: HashMap<(Lane, Epoch), BTreeSet<String>>,
 }
@@ -59,6 +64,14 @@ impl Session {
             .find(|service| service.id == subscription)
         {
             service.elsewhere.met.insert(message_type);
+        }
+    }
+
+    /// An executor leaves none of the types to others any more that nobody handles, and what it left is recorded.
+    pub(super) fn orphans_are_known(&mut self, subscription: SubscriptionId) {
+        let mut services = self.services.iter_mut();
+        if let Some(service) = services.find(|service| service.id == subscription) {
+            service.elsewhere.obeyed += 1;
         }
     }
 
@@ -129,23 +142,32 @@ impl Session {
                 orphans.insert(name);
             }
         }
-        if policy != UnknownType::Wait && service.elsewhere.orphans != orphans {
+        // A type that is handled from now on may have the hash of one that is not.
+        let handled = takes.values().chain([&mine]).flat_map(Takes::types);
+        let handled: BTreeSet<String> = handled.map(ToOwned::to_owned).collect();
+        let known = (&service.elsewhere.orphans, &service.elsewhere.handled);
+        if policy != UnknownType::Wait && known != (&orphans, &handled) {
             let mut unread = HashMap::new();
             if policy == UnknownType::Settle {
-                let handled: Vec<&str> = takes.values().chain([&mine]).flat_map(Takes::types).collect();
                 let names: Vec<&String> = orphans.iter().collect();
-                let query = sqlx::query_as(UNREAD).bind(names).bind(handled);
+                let taken: Vec<&String> = handled.iter().collect();
+                let query = sqlx::query_as(UNREAD).bind(names).bind(taken);
                 let hashes: Vec<(i32, String)> =
                     in_time(&self.lease, query.fetch_all(&mut self.listener)).await?;
                 unread = hashes.into_iter().collect();
             }
+            service.elsewhere.handled = handled;
+            service.elsewhere.told_orphans += 1;
             service.elsewhere.orphans.clone_from(&orphans);
             let types = orphans;
             service.command(Command::Orphans { types, unread });
         }
 
-        // What waits and is this instance's to handle, or to treat as the policy says.
-        let is_ours = |name: &String| mine.has(name) || service.elsewhere.orphans.contains(name);
+        // What waits and is this instance's to handle, or to treat as the policy says: once no more of it is left to others, so that none is
+        // written after it was looked for.
+        let are_known = service.elsewhere.obeyed >= service.elsewhere.told_orphans;
+        let is_ours =
+            |name: &String| mine.has(name) || (are_known && service.elsewhere.orphans.contains(name));
         let served = &service.elsewhere.served;
         let wanted = lanes.iter().filter_map(|(lane, epoch, needs)| {
             let served = served.get(&(*lane, *epoch));

@@ -65,7 +65,7 @@ pub enum MessageState {
     Redriven,
     /// It was given up, and is a dead letter.
     Dead,
-    /// The group has passed it, because its handler's filter does not want it.
+    /// The group has passed it, and the filter that it had when it came there does not want it.
     Filtered,
     /// The group has passed it. It was handled or discarded, or the group does not take its type, or began after it.
     Delivered,
@@ -193,7 +193,7 @@ const REFUSING: &str = "SELECT s.group_name FROM postbox.subscription s \
      CROSS JOIN LATERAL (SELECT g.slot, g.xids[$2 - g.base + 1] AS xid, g.seqs[$2 - g.base + 1] AS seq FROM postbox.segment_at($1, $2) g) p \
      JOIN postbox.outbox o ON o.slot = p.slot AND o.xid = p.xid AND o.seq = p.seq \
      WHERE s.topic = $1 AND f.filter IS NOT NULL \
-         AND postbox.refused_by(ARRAY[f.filter::jsonpath], o.type, o.key, o.headers, o.content_type, o.payload) <> '{}'";
+         AND postbox.refuses(f.filter, o.type, o.key, o.headers, o.content_type, o.payload)";
 
 const REJECTED: &str = "SELECT r.reason FROM postbox.reject r WHERE r.id = $1 LIMIT 1";
 

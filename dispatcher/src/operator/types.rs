@@ -29,7 +29,7 @@ const INSTANCES: &str = "SELECT c.name, ARRAY(SELECT t.type FROM postbox.live_ty
      JOIN postbox.consumer c ON c.id = l.consumer_id WHERE s.group_name = $1 AND s.topic = $2 ORDER BY c.id";
 
 /// What the live instances of a subscription have handled, and the filters of each.
-const FILTERED: &str = "SELECT f.handled, ARRAY(SELECT coalesce(e, '{}') FROM unnest(f.filters) e), f.instances \
+const FILTERED: &str = "SELECT f.errors, f.handled, ARRAY(SELECT coalesce(e, '{}') FROM unnest(f.filters) e), f.instances \
      FROM postbox.subscription s CROSS JOIN LATERAL postbox.filtered(s.id) f WHERE s.group_name = $1 AND s.topic = $2";
 
 /// Filters by message type.
@@ -56,13 +56,16 @@ pub(super) async fn examine(
             .fetch_all(pool)
             .await?;
         findings.extend(divided(subscription, &instances));
-        let (handled, filters, names): (i64, Vec<sqlx::types::Json<ByType>>, Vec<String>) =
+        let (errors, handled, filters, names): (i64, i64, Vec<sqlx::types::Json<ByType>>, Vec<String>) =
             sqlx::query_as(FILTERED)
                 .bind(&subscription.group_name)
                 .bind(topic)
                 .fetch_one(pool)
                 .await?;
         findings.extend(filtered(subscription, handled));
+        if errors > 0 {
+            findings.push(cannot_be_evaluated(subscription, errors));
+        }
         findings.extend(filter_differently(subscription, &filters, &names));
         if let Some(of_group) = topic.strip_prefix(TOPIC_PREFIX) {
             findings.extend(without_group(subscription, of_group, subscriptions));
@@ -229,6 +232,19 @@ fn filtered(subscription: &SubscriptionStatus, handled: i64) -> Option<Finding> 
             "that is what filter = \"…\" says; what is to be handled after all, `postbox subscriptions replay` brings once the filter wants it",
         ),
     })
+}
+
+/// Messages of which a filter can say nothing.
+fn cannot_be_evaluated(subscription: &SubscriptionStatus, messages: i64) -> Finding {
+    Finding::new(
+        Severity::Warning,
+        "filter-errors",
+        format!(
+            "a filter of {} on {} cannot be evaluated of {messages} messages, which were passed without being handled",
+            subscription.group_name, subscription.topic
+        ),
+        "the log names the first of them; SELECT jsonb_path_match_tz(…) of its document says what is wrong",
+    )
 }
 
 /// Instances with other filters: which one counts is a lane's owner's.

@@ -42,9 +42,13 @@ impl Segment {
             hashes.collect()
         };
         let keys = hashes(parts.next()?)?;
-        let types = hashes(parts.next()?)?;
+        let mut types = hashes(parts.next()?)?;
         let of_each = [xids.len(), keys.len(), types.len()];
         let complete = of_each.iter().all(|count| *count == seqs.len()) && parts.next().is_none();
+        // As it is stored.
+        if types.iter().all(|of| *of == types[0]) {
+            types.truncate(1);
+        }
         complete.then(|| Self {
             base: head - seqs.len() as i64,
             slot,
@@ -52,7 +56,7 @@ impl Segment {
             xids,
             seqs,
             keys: Some(keys),
-            types: Some(types),
+            types: Some(types).filter(|types| types != &[None]),
         })
     }
 

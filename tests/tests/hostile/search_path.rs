@@ -227,9 +227,10 @@ async fn traps_in_public_are_never_sprung() {
 }
 
 /// Those that are called for every message and qualify all that they name, which the test above proves.
-const QUALIFIED: [&str; 7] = [
+const QUALIFIED: [&str; 8] = [
     "broken_rule",
     "publish_bytes",
+    "refused_by",
     "ring_bell",
     "ring_timers",
     "settle",
