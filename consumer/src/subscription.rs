@@ -65,6 +65,8 @@ struct Family<'a> {
     group: String,
     topic: String,
     members: Vec<&'a HandlerDefinition>,
+    /// With which the topic is read.
+    filters: Arc<Filters>,
 }
 
 pub(crate) fn plan_all(
@@ -99,6 +101,7 @@ pub(crate) fn plan_all(
             None => families.push(Family {
                 audience,
                 group,
+                filters: filters.of(&topic),
                 topic,
                 members: vec![definition],
             }),
@@ -121,7 +124,6 @@ pub(crate) fn plan_all(
                 (hooks_pool, upkeep),
                 &quarantine,
                 clock,
-                filters,
             )
         })
         .collect()
@@ -262,7 +264,6 @@ impl Family<'_> {
         (hooks_pool, upkeep): (&PgPool, &PgPool),
         quarantine: &Arc<Semaphore>,
         clock: &Arc<DatabaseClock>,
-        filters: &FiltersOfTopics,
     ) -> Result<Subscription, Error> {
         let kind = match self.audience {
             Audience::Group(_) => Kind::Group,
@@ -340,7 +341,7 @@ impl Family<'_> {
             HOOKS_AT_ONCE
         };
 
-        let filters = filters.of(&self.topic);
+        let filters = self.filters.clone();
         let mut router = Router::new();
         for definition in &self.members {
             let handler = Arc::new(Handler::new(definition, &filters).ok_or(Error::NoCall {
