@@ -15,9 +15,12 @@ use postbox_testkit::eventually;
 
 const GROUP: &str = "buyers";
 
-/// What was handled, in order: the `n` of headers, and the key.
+/// The `n` of its headers, and its key.
+type Handled = (i64, Option<String>);
+
+/// What was handled, in order.
 #[derive(Clone, Default)]
-struct Seen(Arc<Mutex<Vec<(i64, Option<String>)>>>);
+struct Seen(Arc<Mutex<Vec<Handled>>>);
 
 impl Seen {
     fn numbers(&self) -> Vec<i64> {
