@@ -49,7 +49,6 @@ use failure::Failing;
 use intake::Reader;
 use keys::Keys;
 use lanes::Lanes;
-use moved::Moved;
 use quarantine::Quarantine;
 use ready::{Jobs, Queue};
 use report::Reporter;
@@ -67,12 +66,9 @@ pub(crate) struct Executor {
     admission: Admission,
     runs: Runs,
     failing: Failing,
-    moved: Moved,
     quarantine: Quarantine,
     types: Types,
     reporter: Reporter,
-    /// Who wants to know how things stand.
-    asked: Vec<mpsc::UnboundedSender<Standing>>,
 }
 
 /// To the session that this executor works for.
@@ -80,6 +76,8 @@ struct Link {
     /// `None`: a broadcast from memory.
     membership: Option<Membership>,
     commands: mpsc::UnboundedReceiver<Command>,
+    /// Who wants to know how things stand.
+    asked: Vec<mpsc::UnboundedSender<Standing>>,
 }
 
 #[derive(Clone)]
@@ -131,7 +129,11 @@ impl Executor {
     ) -> Self {
         let is_member = membership.is_some();
         Self {
-            session: Link { membership, commands },
+            session: Link {
+                membership,
+                commands,
+                asked: Vec::new(),
+            },
             lanes: Lanes::new(lanes),
             reader: Reader::new(log, lanes, !is_member),
             keys: Keys::default(),
@@ -139,11 +141,9 @@ impl Executor {
             admission: Admission::new(plan.breaker, !is_member),
             runs: Runs::default(),
             failing: Failing::default(),
-            moved: Moved::default(),
             quarantine: Quarantine::default(),
             types: Types::default(),
             reporter: Reporter::new(),
-            asked: Vec::new(),
             plan,
         }
     }

@@ -25,6 +25,9 @@ const PACKAGES: [&str; 8] = [
 /// Lines of code of a file, without its tests.
 const MOST_LINES: usize = 500;
 
+/// Of the executor.
+const MOST_FIELDS: usize = 12;
+
 /// A module by its path below the crate: `["executor", "run"]`.
 type Module = Vec<String>;
 
@@ -290,6 +293,23 @@ fn no_file_is_longer_than_a_reader_can_hold() {
 
 /// A connection that comes from a pool goes back to it, with the transaction that sqlx forgets when its `begin` is dropped. The session's own connection is
 /// closed after whatever was cancelled on it.
+/// What all of the executor's rooms can reach is as little as it can be.
+#[test]
+fn the_executor_is_a_few_rooms() {
+    let source =
+        std::fs::read_to_string(repository().join("consumer/src/executor.rs")).expect("the executor");
+    let file = syn::parse_file(&source).expect("Rust");
+    let fields = file.items.iter().find_map(|item| match item {
+        syn::Item::Struct(item) if item.ident == "Executor" => Some(item.fields.len()),
+        _ => None,
+    });
+    let fields = fields.expect("the struct Executor");
+    assert!(
+        fields <= MOST_FIELDS,
+        "Executor has {fields} fields: which of its rooms is the new one's?"
+    );
+}
+
 #[test]
 fn libraries_begin_transactions_by_the_one_that_may_be_dropped_while_it_begins() {
     let own = ["consumer/src/session/record.rs"];

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::command::Pace;
 use super::inline_cost::InlineCost;
+use super::moved::Moved;
 use crate::clock::later;
 use crate::executor::breaker::Breaker;
 use crate::executor::throttle::Throttle;
@@ -13,6 +14,7 @@ pub(super) struct Admission {
     pub(super) breaker: Breaker,
     pub(super) throttle: Throttle,
     pub(super) inline_cost: InlineCost,
+    pub(super) moved: Moved,
     /// A member learns it before its first message.
     open: bool,
     stop_by: Option<Instant>,
@@ -24,6 +26,7 @@ impl Admission {
             breaker: Breaker::new(breaker),
             throttle: Throttle::new(Instant::now()),
             inline_cost: InlineCost::default(),
+            moved: Moved::default(),
             open,
             stop_by: None,
         }
@@ -43,6 +46,7 @@ impl Admission {
     pub(super) fn advance(&mut self, span: Duration) {
         self.breaker.advance(span);
         self.throttle.advance(span);
+        self.moved.advance(span);
     }
 
     /// Nothing new starts from now on, and what runs has so long.

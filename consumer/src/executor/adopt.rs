@@ -129,7 +129,7 @@ impl Executor {
 
     /// An attempt failed without its handler's word: its process died, or the answer to its commit was lost.
     fn failed_unseen(&mut self, mut job: Job, error: String) {
-        let failing_for = self.moved.failing_for(&mut job);
+        let failing_for = self.admission.moved.failing_for(&mut job);
         if let Some(why) = job.handler.retry.gives_up(job.attempt, failing_for) {
             // A key that an earlier message holds is not this one's to let go.
             job.key = job.key.filter(|key| !self.keys.has(*key));
@@ -162,7 +162,7 @@ impl Executor {
                 attempt: held.attempts + 1,
                 failing_since: held
                     .failing_for
-                    .and_then(|span| self.moved.now().checked_sub(span)),
+                    .and_then(|span| self.admission.moved.now().checked_sub(span)),
                 stored: true,
                 limit: 1,
                 ..job

@@ -219,7 +219,7 @@ impl Executor {
             Decision::Retry | Decision::RetryIn(_) | Decision::OfEach(_) | Decision::Unfit(_) => {}
         }
         Counters::add(&self.plan.counters.failed);
-        let failing_for = self.moved.failing_for(&mut job);
+        let failing_for = self.admission.moved.failing_for(&mut job);
         if self.session.membership.is_some()
             && let Some(why) = job.handler.retry.gives_up(job.attempt, failing_for)
         {

@@ -9,6 +9,10 @@ use super::{Executor, Job};
 pub(super) struct Moved(Duration);
 
 impl Moved {
+    pub(super) fn advance(&mut self, span: Duration) {
+        self.0 = self.0.saturating_add(span);
+    }
+
     /// By which it is told for how long a message fails: ahead by what the clock was moved on.
     pub(super) fn now(&self) -> Instant {
         let now = Instant::now();
@@ -27,6 +31,5 @@ impl Executor {
     pub(super) fn advance(&mut self, span: Duration) {
         self.queue.advance(span);
         self.admission.advance(span);
-        self.moved.0 = self.moved.0.saturating_add(span);
     }
 }

@@ -14,18 +14,18 @@ use crate::protocol::standing::Standing;
 impl Executor {
     /// Answers who asked, now that nothing can be done but wait.
     pub(super) fn tell_how_things_stand(&mut self) {
-        if self.asked.is_empty() {
+        if self.session.asked.is_empty() {
             return;
         }
         let standing = self.standing();
-        for asker in std::mem::take(&mut self.asked) {
+        for asker in std::mem::take(&mut self.session.asked) {
             // It may have given up.
             let _ = asker.send(standing.clone());
         }
     }
 
     pub(super) fn is_asked(&mut self, asker: mpsc::UnboundedSender<Standing>) {
-        self.asked.push(asker);
+        self.session.asked.push(asker);
     }
 
     fn standing(&self) -> Standing {
