@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn an_announcement_is_of_topics_with_their_heads_and_perhaps_a_segment() {
-        let text = "orders 17 2:120:7001,7002:55,56:-,1234 a:b/c 3 -";
+        let text = "orders 17 2:120:7001,7002:55,56:-,1234:77,- a:b/c 3 -";
         let all: Vec<_> = topics(text).collect();
         let [("orders", 17, Some(segment)), ("a:b/c", 3, None)] = all.as_slice() else {
             panic!("{all:?}");
@@ -121,6 +121,8 @@ mod tests {
             ),
             (None, Some(1234))
         );
+        let types = [15, 16].map(|offset| segment.type_hash(Offset::new(offset)));
+        assert_eq!(types, [Some(77), None]);
         assert_eq!(segment.mean_bytes(), 60);
     }
 
@@ -130,10 +132,12 @@ mod tests {
             "",
             "-",
             "2",
-            "2:120:1:2,3:-,-",
-            "2:x:1:2:-",
-            "2:1:::",
-            "2:1:1:2:-:",
+            "2:120:1:2,3:-,-:-,-",
+            "2:x:1:2:-:-",
+            "2:1::::",
+            "2:1:1:2:-:-:",
+            "2:1:1:2:-:-,-",
+            "2:1:1:2:-",
         ] {
             let text = format!("orders 17 {place}");
             assert!(topics(&text).all(|(.., segment)| segment.is_none()), "{place:?}");
