@@ -136,7 +136,7 @@ async fn a_read_that_panics_is_read_again() {
     let alone = alone().await;
     let bench = bench().await;
     // A line of sqlx for each statement, in the task that reads for all groups.
-    alone.panic_at("FROM postbox.outbox WHERE slot", 2);
+    alone.panic_at("FROM postbox.outbox o WHERE o.slot", 2);
     let (one, two) = (History::default(), History::default());
     let consumer = bench
         .start(vec![
