@@ -54,7 +54,7 @@ pub struct StoredMessage {
     pub published_at: DateTime<Utc>,
     /// From then on it is not to be handled; `None`: it does not expire.
     pub expires_at: Option<DateTime<Utc>>,
-    /// Which of the [`Filters`] that it was read with it does not satisfy.
+    /// Which of the [`Filters`] that it was read with it does not satisfy; negative: one that cannot be evaluated of it.
     pub refused_by: Box<[i16]>,
     /// Why its row cannot be read, or which rule it breaks; then only id, place and times say something, and it must not run.
     pub unreadable: Option<Box<str>>,

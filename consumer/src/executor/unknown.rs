@@ -1,4 +1,5 @@
-//! What no handler here takes: by its filter, and then it is settled; or by its type. Messages of such types are left to an instance of the group which handles them, and what waits for it is told.
+//! What no handler here takes: by its filter, and then it is settled; or by its type. Messages of such types are left to an instance of the group
+//! which handles them, and what waits for it is told.
 //!
 //! When the turn of such a message comes, it waits: parked with its key, or in a row of its own if it has none. Its type goes to what the lane *needs*,
 //! by the same report, and a lane goes to who handles what it needs (`session/claims.rs`). See docs/internals/ownership.md.

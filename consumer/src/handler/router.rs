@@ -60,11 +60,8 @@ impl Handler {
 
     /// Whether its filter does not want a message. One that has failed was compared when it was read first.
     pub(crate) fn refuses(&self, message: &StoredMessage) -> bool {
-        let numbers = |number: i16| [number, -number];
-        (self.filter.as_ref()).is_some_and(|filter| {
-            let of_it = numbers(filter.number);
-            message.refused_by.iter().any(|refused| of_it.contains(refused))
-        })
+        let refuses = |number: i16| message.refused_by.iter().any(|refused| refused.abs() == number);
+        (self.filter.as_ref()).is_some_and(|filter| refuses(filter.number))
     }
 
     /// Whether its filter cannot be evaluated of a message.
